@@ -1,0 +1,131 @@
+# Every target makes what it needs first: a virtual environment in .venv, torch, this package.
+# The same command does only what is missing and goes on where it was stopped.
+
+PY     ?= $(shell for p in python3.11 python3 python; do \
+            $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
+VENV   ?= .venv
+RECIPE ?=
+PARENT ?=
+SET    ?=
+RUN    ?=
+QUICK  ?=
+SMOKE  ?=
+
+# torch comes first. With a GPU: the newest build; without: the version that has a small CPU build.
+HAS_GPU = $(shell command -v nvidia-smi 2>/dev/null)
+TORCH  ?= $(if $(HAS_GPU),torch>=2.9,torch==2.13.0)
+
+PYTHON = $(VENV)/bin/python
+PIP    = $(PYTHON) -m pip --disable-pip-version-check --quiet
+ARGS   = $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(PARENT),--parent '$(PARENT)') $(if $(RUN),--run '$(RUN)') \
+         $(if $(SET),--set '$(SET)') $(if $(filter-out 0,$(QUICK)),--quick) $(if $(filter-out 0,$(SMOKE)),--smoke)
+RUN_IT = $(PYTHON) -m distill
+
+.DEFAULT_GOAL := help
+.PHONY: help online-lpm data teacher trajectories distill distill-stage1 distill-stage2 distill-stage3 distill-stage4 \
+        export evaluate report doctor lineage recipes test lint types gpu ci smoke clean clean-venv
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo '  RECIPE=file.yaml  PARENT=checkpoint  SET="train.steps=50 optimizer.lr=1e-4"  RUN=name  QUICK=1'
+
+# ---- the path -------------------------------------------------------------------------------------------------
+
+online-lpm: $(VENV)/.installed ## everything: data, teacher, stages 1-4, export, evaluation, report (QUICK=1: shorter)
+	@$(RUN_IT) online-lpm $(ARGS)
+
+data: $(VENV)/.installed ## prepare speech, characters and latents
+	@$(RUN_IT) data $(ARGS)
+
+teacher: $(VENV)/.installed ## train the teacher from nothing (a trained one is kept in the repository)
+	@$(RUN_IT) teacher $(ARGS)
+
+trajectories: $(VENV)/.installed ## store the teacher's sampling trajectories for stage 1
+	@$(RUN_IT) trajectories $(ARGS)
+
+distill: $(VENV)/.installed ## trajectories and stages 1 to 4
+	@$(RUN_IT) distill $(ARGS)
+
+distill-stage1: $(VENV)/.installed ## causal initialization by ODE regression
+	@$(RUN_IT) stage1 $(ARGS)
+
+distill-stage2: $(VENV)/.installed ## off-policy distribution matching
+	@$(RUN_IT) stage2 $(ARGS)
+
+distill-stage3: $(VENV)/.installed ## self-forcing on the student's own long rollouts
+	@$(RUN_IT) stage3 $(ARGS)
+
+distill-stage4: $(VENV)/.installed ## the one-step refiner
+	@$(RUN_IT) stage4 $(ARGS)
+
+export: $(VENV)/.installed ## gather the Online LPM folder
+	@$(RUN_IT) export $(ARGS)
+
+evaluate: $(VENV)/.installed ## measure teacher and student on held-out characters and speech
+	@$(RUN_IT) evaluate $(ARGS)
+
+report: $(VENV)/.installed ## write the report of a run again from its scores
+	@$(RUN_IT) report $(ARGS)
+
+# ---- looking --------------------------------------------------------------------------------------------------
+
+doctor: $(VENV)/.installed ## check this machine: OK, WARN or FAIL lines, each with its remedy
+	@$(RUN_IT) doctor
+
+lineage: $(VENV)/.installed ## draw the family tree of RUN= or PARENT=
+	@$(RUN_IT) lineage $(ARGS)
+
+recipes: $(VENV)/.installed ## list the recipes
+	@$(RUN_IT) recipes
+
+# ---- developing -----------------------------------------------------------------------------------------------
+
+test: $(VENV)/.dev ## run the tests
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.dev ## ruff
+	@$(PYTHON) -m ruff check .
+
+types: $(VENV)/.dev ## mypy
+	@$(PYTHON) -m mypy
+
+gpu: $(VENV)/.installed ## deepspeed, and flash-attn where nvcc is, for training on GPUs
+	@$(PIP) install deepspeed
+	@command -v nvcc >/dev/null || { echo 'flash-attn needs nvcc, which was not found: attention stays with torch.' >&2; exit 2; }
+	@$(PIP) install --no-build-isolation flash-attn
+
+ci: ## what the hosted checks run: lint, types, tests and the shrunken path, in a fresh copy
+	@.ci/run
+
+smoke: $(VENV)/.installed ## the whole path with a few steps per stage: does it run
+	@$(RUN_IT) online-lpm --smoke $(if $(RUN),--run '$(RUN)')
+
+clean: ## remove caches (runs/ and data/ stay)
+	@rm -rf build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+clean-venv: ## remove the virtual environment
+	@rm -rf '$(VENV)'
+
+# ---- the environment, step by step; each stamp lies inside it -------------------------------------------------
+
+$(VENV)/.made:
+	@test -n '$(PY)' || { echo 'Python 3.10 or newer was not found: install it, or name one with PY=python3.x.' >&2; exit 2; }
+	@test -x $(PYTHON) || { echo 'making $(VENV) with $(PY)'; $(PY) -m venv '$(VENV)' >/dev/null 2>&1 && $(PYTHON) -m pip --version >/dev/null 2>&1; } \
+	  || { rm -rf '$(VENV)'; echo '$(PY) cannot make a virtual environment: install its venv package (Debian: apt install python3-venv).' >&2; exit 2; }
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.made
+	@$(PYTHON) -c 'import torch' 2>/dev/null || { echo 'installing $(TORCH)'; $(PIP) install '$(TORCH)'; }
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	@echo 'installing this package and what it needs (about a minute)'
+	@$(PIP) install -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	@echo 'installing the tools for tests, lint and types'
+	@$(PIP) install -e '.[dev]'
+	@touch $@

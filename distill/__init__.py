@@ -1,0 +1,1 @@
+"""The engine: data, roles, rollouts, trainer, checkpoints and the command line."""

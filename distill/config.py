@@ -1,0 +1,370 @@
+"""A recipe: one YAML file that says what is trained, from what, by which losses, for how long.
+
+`load(path, overrides, variant)` merges base <- file <- variant (`quick:` or `smoke:` block) <- overrides, checks
+every key against frozen dataclasses and reports all problems in one UserError with file:line. The blocks of
+losses, rollouts and networks are checked against the dataclass beside their code, found by name at run time.
+"""
+
+import hashlib
+import importlib
+import json
+import pkgutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+
+from distill.errors import UserError
+from distill.schema import COMMAND_LINE, KeyPath, Report, Source, bounded, build, choice, merge, override, read_yaml
+
+STAGES = ("teacher", "trajectories", "stage1", "stage2", "stage3", "stage4")
+SCALES = ("tiny", "1.3b", "17b")
+ROLES = ("teacher", "student", "critic", "refiner")
+VARIANTS = ("quick", "smoke")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW of one role."""
+
+    lr: float = bounded(low=0.0)
+    betas: tuple[float, float] = (0.0, 0.999)
+    weight_decay: float = bounded(0.0, 0.0)
+    warmup_steps: int = bounded(0, 0)
+    schedule: str = choice("constant", "cosine", default="constant")
+    eps: float = bounded(1e-8, 0.0)
+
+    def __post_init__(self) -> None:
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas {self.betas} must both lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how large, how often; all counts are optimizer steps."""
+
+    steps: int = bounded(0, 0)
+    batch_size: int = bounded(1, 1)
+    grad_accumulation: int = bounded(1, 1)
+    clip: float = bounded(10.0, 0.0)
+    ema: float = bounded(0.99, 0.0, 1.0)
+    ema_start: int = bounded(0, 0)
+    log_every: int = bounded(10, 1)
+    sample_every: int = bounded(500, 1)
+    save_every: int = bounded(500, 1)
+    keep: int = bounded(2, 2)
+    max_nonfinite: int = bounded(5, 1)
+    precision: str = choice("fp32", "bf16", default="fp32")
+
+
+@dataclass(frozen=True)
+class DataRef:
+    """The prepared data set: its folder, and what `make data` puts there."""
+
+    path: str = "data/tiny"
+    prepare: Any = field(default=None, metadata={"schema": "distill.data.prepare:PrepareConfig", "always": True})
+
+
+@dataclass(frozen=True)
+class TermSpec:
+    """One weighted loss: `config` is an instance of `recipes.<name>.Config`."""
+
+    name: str
+    weight: float = 1.0
+    ramp_steps: int = bounded(0, 0)
+    config: Any = None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Who learns (`update`), how often (`every` n-th step), from which terms."""
+
+    update: str = choice(*ROLES)
+    every: int = bounded(1, 1)
+    terms: Any = ()  # tuple[TermSpec, ...]
+
+
+@dataclass(frozen=True)
+class RolloutSpec:
+    """Where the samples come from: `config` is an instance of the Config beside the rollout."""
+
+    kind: str
+    config: Any = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe. `resolved` is the same as plain data, every default filled in."""
+
+    name: str
+    scale: str = choice(*SCALES)
+    stage: str = choice(*STAGES)
+    seed: int = bounded(0, 0)
+    parent: str | None = None
+    teacher: str = "kept"
+    data: DataRef = field(default_factory=DataRef)
+    model: Any = field(default=None, metadata={"schema": "teacher.dit:DiTConfig", "always": True})
+    student: Any = field(default=None, metadata={"schema": "student.causal_dit:StreamConfig", "always": True})
+    trajectories: Any = field(default=None, metadata={"schema": "distill.rollout:TrajectoryConfig"})
+    evaluation: Any = field(default=None, metadata={"schema": "evaluation.bench:BenchConfig"})
+    rollout: RolloutSpec | None = None
+    phases: tuple[Phase, ...] = ()
+    optimizer: dict[str, OptimConfig] = field(default_factory=dict)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.parent is not None and self.parent not in STAGES[: STAGES.index(self.stage)]:
+            raise ValueError(f"parent: {self.parent} does not come before {self.stage}")
+        if self.phases and self.train.steps < 1:
+            raise ValueError("train.steps: at least 1 is needed where there are phases")
+        for role, optim in self.optimizer.items():
+            if optim.warmup_steps > self.train.steps:
+                raise ValueError(f"optimizer.{role}.warmup_steps is longer than train.steps")
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """Plain data that `load` would read back to this same recipe."""
+        return _plain(self)
+
+
+# ---- public functions -------------------------------------------------------------------------------------
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), variant: str | None = None) -> Recipe:
+    """The recipe at `path`, or one UserError (code 2) that lists everything wrong with it."""
+    source = read(path, overrides, variant)
+    report = Report(source, str(path))
+    data = dict(source.data)
+    _schemas(Recipe, data, (), report)
+    roles = _phases(data, report)
+    _rollout(data, report)
+    _optimizer(data, roles, report)
+    recipe = build(Recipe, data, (), report)
+    report.stop_if_any()
+    assert recipe is not None
+    return recipe
+
+
+def read(path: str | Path, overrides: Sequence[str] = (), variant: str | None = None) -> Source:
+    """The merged mapping of a recipe, unchecked: enough to know its scale and stage without importing torch."""
+    source = _with_bases(Path(path), ())
+    blocks = {name: source.data.pop(name, None) for name in VARIANTS}
+    if variant is not None and isinstance(blocks[variant], dict):
+        where = {at[1:]: place for at, place in source.where.items() if at[0] == variant and len(at) > 1}
+        source = merge(source, Source(blocks[variant], where))
+    for text in overrides:
+        override(source, text)
+    return source
+
+
+def default_recipe(stage: str, scale: str = "tiny") -> Path:
+    """The one recipe of a stage in recipes/<scale>: `<stage>.yaml` or `<stage>_<method>.yaml`."""
+    folder = Path("recipes") / scale
+    found = [*folder.glob(f"{stage}.yaml"), *sorted(folder.glob(f"{stage}_*.yaml"))]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise UserError(f"There is no recipe for {stage} in {folder}; name one with RECIPE=path.")
+    raise UserError(f"Several recipes fit {stage}: {', '.join(map(str, found))}; name one with RECIPE=path.")
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe; it can be given back to `load`."""
+    return yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True)
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """SHA-256 of the resolved recipe."""
+    return hashlib.sha256(json.dumps(recipe.resolved, sort_keys=True).encode()).hexdigest()
+
+
+def term_function(name: str) -> Callable[..., Any]:
+    """`recipes.<name>.term`."""
+    return _recipe_module(name).term
+
+
+def rollout_function(kind: str) -> Callable[..., Any]:
+    """The rollout registered under `kind` in some module's ROLLOUTS."""
+    return _rollouts()[kind][0]
+
+
+def differing_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Dotted keys whose values differ between two resolved recipes."""
+    left, right = _flat(old), _flat(new)
+    return sorted(".".join(key) for key in left.keys() | right.keys() if left.get(key) != right.get(key))
+
+
+# ---- pieces -----------------------------------------------------------------------------------------------
+
+
+def _with_bases(path: Path, seen: tuple[Path, ...]) -> Source:
+    source = read_yaml(path)
+    base = source.data.pop("extends", None)
+    if base is None:
+        return source
+    place = source.where.pop(("extends",), str(path))
+    if not isinstance(base, str):
+        raise UserError(f"{place}: extends takes the path of one file, this is {base!r}.")
+    target = path.parent / base
+    if target.resolve() in {p.resolve() for p in (*seen, path)}:
+        raise UserError(f"{place}: extends goes round in a circle through {target}.")
+    if not target.is_file():
+        raise UserError(f"{place}: extends names {target}, which does not exist.")
+    return merge(_with_bases(target, (*seen, path)), source)
+
+
+def _schemas(cls: type, data: dict[str, Any], path: KeyPath, report: Report) -> None:
+    """Build, in place, every block whose dataclass lives in another module (`metadata["schema"]`)."""
+    for spec in fields(cls):
+        at = (*path, spec.name)
+        if spec.name == "data":
+            block = data.setdefault("data", {})
+            if isinstance(block, dict):
+                data["data"] = dict(block)
+                _schemas(DataRef, data["data"], at, report)
+        elif "schema" in spec.metadata and (data.get(spec.name) is not None or spec.metadata.get("always")):
+            module, _, name = spec.metadata["schema"].partition(":")
+            block = data.get(spec.name) or {}
+            data[spec.name] = build(getattr(importlib.import_module(module), name), block, at, report)
+
+
+def _phases(data: dict[str, Any], report: Report) -> list[str]:
+    """Turn every phase's `terms` mapping into TermSpecs; return the roles that the phases update."""
+    phases = data.get("phases") or []
+    if not isinstance(phases, list):
+        report.add(("phases",), "a list of phases is needed here")
+        data["phases"] = []
+        return []
+    checked, roles = [], []
+    for index, phase in enumerate(phases):
+        at = ("phases", str(index))
+        if not isinstance(phase, dict):
+            report.add(at, f"a mapping with update, every, terms is needed here, this is {phase!r}")
+            continue
+        terms = phase.get("terms")
+        if not isinstance(terms, dict) or not terms:
+            report.add(at, "a phase needs `terms`, a mapping from the name of a loss to its settings")
+            terms = {}
+        built = tuple(_term(str(name), block, (*at, "terms", str(name)), report) for name, block in terms.items())
+        checked.append({**phase, "terms": built})
+        roles.append(str(phase.get("update")))
+    data["phases"] = checked
+    return roles
+
+
+def _term(name: str, block: Any, path: KeyPath, report: Report) -> TermSpec | None:
+    block = {} if block is None else block
+    module = _recipe_module(name) if name in _recipe_names() else None
+    if module is None or not hasattr(module, "term"):
+        report.unknown(path, _recipe_names(), "there is no loss of this name in recipes/")
+        return None
+    if not isinstance(block, dict):
+        report.add(path, f"a mapping is needed here, this is {block!r}")
+        return None
+    common = {key: block[key] for key in ("weight", "ramp_steps") if key in block}
+    rest = {key: value for key, value in block.items() if key not in common}
+    config = _config(module.Config, rest, path, report, ("weight", "ramp_steps"))
+    return build(TermSpec, {"name": name, **common, "config": config}, path, report)
+
+
+def _config(cls: type, block: dict[str, Any], path: KeyPath, report: Report, also: Iterable[str]) -> Any:
+    """Build `cls`, naming the keys in `also` as valid too when another is unknown."""
+    names = [f.name for f in fields(cls)]
+    unknown = [key for key in block if key not in names]
+    for key in unknown:
+        report.unknown((*path, str(key)), [*names, *also])
+    return build(cls, {key: value for key, value in block.items() if key not in unknown}, path, report)
+
+
+def _rollout(data: dict[str, Any], report: Report) -> None:
+    block = data.pop("rollout", None)
+    if block is None:
+        return
+    if not isinstance(block, dict) or "kind" not in block:
+        report.add(("rollout",), "a mapping with a `kind` is needed here")
+        return
+    kinds = _rollouts()
+    if block["kind"] not in kinds:
+        hint = f"one of {', '.join(sorted(kinds))}"
+        report.add(("rollout", "kind"), f"there is no rollout '{block['kind']}', it must be {hint}")
+        return
+    rest = {key: value for key, value in block.items() if key != "kind"}
+    config = _config(kinds[block["kind"]][1], rest, ("rollout",), report, ("kind",))
+    data["rollout"] = RolloutSpec(block["kind"], config)
+
+
+def _optimizer(data: dict[str, Any], roles: list[str], report: Report) -> None:
+    """Flat keys are shared by all roles, a key named like a role overrides them for it."""
+    block = data.pop("optimizer", None) or {}
+    if not isinstance(block, dict):
+        report.add(("optimizer",), f"a mapping is needed here, this is {block!r}")
+        return
+    names = [f.name for f in fields(OptimConfig)]
+    shared = {key: value for key, value in block.items() if key in names}
+    for key in block:
+        if key not in names and key not in ROLES:
+            report.unknown(("optimizer", str(key)), [*names, *roles])
+    built = {}
+    for role in dict.fromkeys(roles):
+        own = block.get(role, {})
+        if not isinstance(own, dict):
+            report.add(("optimizer", role), f"a mapping is needed here, this is {own!r}")
+            continue
+        merged = {**shared, **own}
+        at = ("optimizer", role) if role in block else ("optimizer",)
+        if "lr" not in merged:
+            report.add(at, f"the role '{role}' has no learning rate; give lr or {role}.lr")
+            continue
+        built[role] = build(OptimConfig, merged, at, report)
+    for key in shared:  # an override that changes nothing would be a silent lie
+        hidden = roles and all(key in (block.get(role) or {}) for role in roles)
+        if hidden and report.where.get(("optimizer", key)) == COMMAND_LINE:
+            report.add(("optimizer", key), f"every role has its own {key}; set optimizer.{roles[0]}.{key} instead")
+    data["optimizer"] = built
+
+
+def _recipe_names() -> list[str]:
+    return [info.name for info in pkgutil.iter_modules(importlib.import_module("recipes").__path__)]
+
+
+def _recipe_module(name: str) -> ModuleType:
+    return importlib.import_module(f"recipes.{name}")
+
+
+def _rollouts() -> dict[str, tuple[Callable[..., Any], type]]:
+    """Every rollout by kind: ROLLOUTS of distill.rollout and of each recipe module, with its Config."""
+    found: dict[str, tuple[Callable[..., Any], type]] = {}
+    for module in [importlib.import_module("distill.rollout"), *map(_recipe_module, _recipe_names())]:
+        for kind, entry in getattr(module, "ROLLOUTS", {}).items():
+            found[kind] = entry if isinstance(entry, tuple) else (entry, module.Config)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, RolloutSpec):
+        return {"kind": value.kind, **(_plain(value.config) or {})}
+    if isinstance(value, Phase):
+        terms = {term.name: _plain(term) for term in value.terms}
+        return {"update": value.update, "every": value.every, "terms": terms}
+    if isinstance(value, TermSpec):
+        return {"weight": value.weight, "ramp_steps": value.ramp_steps, **(_plain(value.config) or {})}
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.init}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _flat(data: Any, path: KeyPath = ()) -> dict[KeyPath, Any]:
+    if isinstance(data, dict):
+        items = data.items()
+    elif isinstance(data, list):
+        items = {str(index): item for index, item in enumerate(data)}.items()
+    else:
+        return {path: data}
+    return {key: leaf for name, item in items for key, leaf in _flat(item, (*path, str(name))).items()}

@@ -1,0 +1,81 @@
+"""The three contracts: a loss is a pure function (`Term`), a rollout says where samples come from (`Roll`), and both
+see the networks through `Roles`, which also hands out every random number.
+
+    rollout(batch, roles, cfg) -> Roll          term(roll, roles, cfg) -> Term(value, logs)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.data.batch import keyed_generator
+from student.causal_dit import CausalDiT, StreamConfig
+from teacher.codec import PCACodec
+from teacher.conditions import Conditions
+from teacher.dit import DiT
+
+
+@dataclass(frozen=True)
+class Term:
+    """A loss: its differentiable value (scalar) and what is worth a curve."""
+
+    value: Tensor
+    logs: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Roll:
+    """Samples that terms speak about.
+
+    x0 [B, T, C, H, W]: clean latents, the student's (with its graph, in a phase that trains it) or the data's.
+    target: what x0 should have been, where that is known. age [T]: chunk number of every frame since its stream began.
+    """
+
+    x0: Tensor
+    cond: Conditions
+    target: Tensor | None = None
+    age: Tensor | None = None
+    logs: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Roles:
+    """The networks of a stage by role, and the keyed randomness of the current step."""
+
+    models: dict[str, nn.Module]
+    stream: StreamConfig
+    codec: PCACodec
+    embedder: nn.Module | None = None
+    trajectories: Any = None
+    key: tuple[int | str, ...] = (0, 0)  # (seed, rank, step, micro-step, phase), set by the trainer
+
+    def dit(self, role: str) -> DiT:
+        """The bidirectional network in `role` (teacher, critic)."""
+        model = self._get(role)
+        assert isinstance(model, DiT), f"{role} is not bidirectional"
+        return model
+
+    def causal(self, role: str) -> CausalDiT:
+        """The causal network in `role` (student, backbone, refiner)."""
+        model = self._get(role)
+        assert isinstance(model, CausalDiT), f"{role} is not causal"
+        return model
+
+    def generator(self, tag: str, shared: bool = False) -> torch.Generator:
+        """A generator that depends on (seed, rank, step, micro-step, tag) alone; `shared` leaves the rank out, for
+        what all processes must draw alike (the exit step, the rollout's length)."""
+        key = (self.key[0], *self.key[2:]) if shared else self.key
+        return keyed_generator(*key, tag)
+
+    def noise(self, like: Tensor, tag: str) -> Tensor:
+        """Gaussian noise like `like`, keyed by `tag`."""
+        return torch.randn(like.shape, generator=self.generator(tag)).to(like.device, like.dtype)
+
+    def _get(self, role: str) -> nn.Module:
+        if role not in self.models:
+            raise ValueError(f"This stage has no role '{role}'; its roles are {', '.join(sorted(self.models))}.")
+        return self.models[role]

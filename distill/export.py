@@ -1,0 +1,78 @@
+"""Online LPM: the backbone of stage 3, the refiner of stage 4 and the codec, in one folder with a card and a manifest.
+
+The export is verified by loading it back and comparing a forward of each network with the original's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from distill.config import Recipe
+from distill.errors import ExitCode, UserError
+from distill.roles import network
+from distill.state import checkpoint, lineage
+from distill.state.lineage import Manifest, describe
+from student.causal_dit import CausalDiT
+from student.online import OnlineLPM
+from teacher.codec import PCACodec
+from teacher.conditions import AUDIO_PER_LATENT, PAST, SILENCE, TEXT_LENGTH, Conditions
+
+
+def export(recipe: Recipe, backbone: Manifest, refiner: Manifest, codec: PCACodec, folder: Path) -> Path:
+    """Write the folder of a finished run; `recipe` is that of stage 4."""
+    nets = {"backbone": network(recipe.model, backbone, "ema"), "refiner": network(recipe.model, refiner, "ema")}
+    online = OnlineLPM(*(CausalDiT(net, recipe.student) for net in nets.values()), codec)
+    size = 4 * sum(p.numel() for p in online.parameters())
+    meta = describe(recipe, refiner.step, refiner, refiner.data.get("data_fingerprint"))
+    with checkpoint.committed(folder, {**meta, "stage": "online-lpm"}, size) as temporary:
+        online.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card(recipe, refiner))
+        _verify(online, OnlineLPM.from_pretrained(temporary))
+    return folder
+
+
+def card(recipe: Recipe, refiner: Manifest) -> str:
+    """The model card, made from the lineage."""
+    stream = recipe.student
+    seconds = stream.chunk_frames / 6
+    return f"""# Online LPM ({recipe.scale})
+
+A causal, few-step, streaming student: {len(stream.steps) - 1} backbone evaluations and 1 refiner evaluation per chunk of
+{seconds:g} s, no guidance, {stream.sink_chunks} sink and {stream.window_chunks} window chunks of history.
+
+```python
+from student.online import OnlineLPM
+
+model = OnlineLPM.from_pretrained("path/to/this/folder")
+for frames in model.frames(conditions, generator):  # [B, {4 * stream.chunk_frames}, 3, H, W] in [0, 1]
+    ...
+```
+
+Steps {list(stream.steps)}, history noise {stream.history_noise}. Data: the procedural puppet world (drawn characters,
+synthesized and recorded speech); no real person is depicted. Licence: Apache-2.0.
+
+## Lineage
+
+```
+{lineage.tree(refiner.path)}
+```
+"""
+
+
+@torch.no_grad()
+def _verify(original: OnlineLPM, loaded: OnlineLPM) -> None:
+    """One forward of each network, before and after the disk."""
+    config, stream = original.backbone.dit.config, original.backbone.stream
+    generator = torch.Generator().manual_seed(0)
+    frames, size = stream.chunk_frames, 4 * config.patch
+    silence = torch.full((1, AUDIO_PER_LATENT * (PAST + frames), config.mels), SILENCE)
+    refs = torch.randn(1, len(config.references), config.channels, size, size, generator=generator)
+    text = torch.zeros(1, TEXT_LENGTH, config.text_dim)
+    cond = Conditions(silence, silence, text, text[..., 0] > 0, refs, torch.ones(refs.shape[:2], dtype=torch.bool))
+    x, t = torch.randn(1, frames, config.channels, size, size, generator=generator), torch.full((1,), 0.5)
+    for name in ("backbone", "refiner"):
+        a, b = (getattr(model, name) for model in (original, loaded))
+        if not torch.equal(a.velocity(x, t, cond, a.start(cond)), b.velocity(x, t, cond, b.start(cond))):
+            raise UserError(f"The exported {name} differs from the trained one after loading.", ExitCode.CHECKPOINT)

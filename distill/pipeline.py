@@ -1,0 +1,229 @@
+"""The path from nothing to an Online LPM, step by step; every step does only what is missing and says what comes next.
+
+runs/<run>/ teacher? trajectories stage1 stage2 stage3 stage4 online-lpm report
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from distill import export as exporting
+from distill.config import Recipe
+from distill.data import dataset
+from distill.data.prepare import prepare
+from distill.embedder import ensure_embedder
+from distill.engine import Engine
+from distill.evaluate import Bench, Row, data_row, measure_all, student_row, teacher_rows
+from distill.options import Options
+from distill.report import assemble
+from distill.roles import build_roles, find_teacher, kept_teacher, network
+from distill.runs import open_stage, run_folder, write_json
+from distill.samples import SampleHook
+from distill.state import checkpoint, lineage
+from distill.state.lineage import Manifest
+from distill.trainer import Trainer
+from distill.trajectories import Trajectories, make_trajectories
+from evaluation.bench import BenchConfig
+from evaluation.scores import write_scores
+from student.causal_dit import CausalDiT
+
+STAGES = ("stage1", "stage2", "stage3", "stage4")
+NEEDS_TRAJECTORIES = ("teacher", "renoised")  # rollout kinds
+
+
+def data(options: Options) -> None:
+    """Prepare the data set of the scale's recipes."""
+    recipe = options.load("trajectories") if options.recipe is None else options.load(_stage_of(options))
+    with _timed(options, "data"):
+        prepare(recipe.data.prepare, Path(recipe.data.path))
+        ensure_embedder(Path(recipe.data.path))
+    print(f"Wrote {recipe.data.path}; next: make distill (or make teacher, to train the teacher again).")
+
+
+def train_stage(options: Options, stage: str) -> None:
+    """Train one stage, from its parent's checkpoint."""
+    recipe = options.load(stage)
+    folder = run_folder(options.run)
+    _need_data(recipe)
+    teacher = None if stage == "teacher" else find_teacher(recipe, folder)
+    parent = _parent(recipe, folder, teacher, options.parent)
+    source = dataset.load(Path(recipe.data.path), "train")
+    trajectories = None
+    if recipe.rollout is not None and recipe.rollout.kind in NEEDS_TRAJECTORIES:
+        if not (folder / "trajectories" / checkpoint.MANIFEST).is_file():
+            make(options, folder)
+        trajectories = Trajectories(folder / "trajectories", source, recipe.student.steps)
+    with open_stage(options.run, recipe, options.path(stage), parent.hash if parent else None) as run:
+        if run.done:
+            print(f"{run.folder} is done; next: {_next(stage)}.")
+            return
+        with _timed(options, stage):
+            roles = build_roles(recipe, teacher, parent, Path(recipe.data.path))
+            roles.trajectories = trajectories
+            trainer = Trainer(recipe, run, roles, trajectories or source, Engine(recipe.train.precision), parent)
+            final = trainer.fit(SampleHook(Path(recipe.data.path), run.samples))
+    print(f"Wrote {final}; next: {_next(stage)}.")
+
+
+def trajectories(options: Options) -> None:
+    """Store the teacher's trajectories of a run."""
+    folder = run_folder(options.run)
+    make(options, folder)
+    print(f"Wrote {folder / 'trajectories'}; next: make distill-stage1.")
+
+
+def make(options: Options, folder: Path) -> None:
+    """Sample the trajectories unless they are there."""
+    several = Options(**{**vars(options), "several": True})
+    recipe = several.load("trajectories")
+    _need_data(recipe)
+    origin = find_teacher(recipe, folder)
+    target = folder / "trajectories"
+    if (target / checkpoint.MANIFEST).is_file():
+        made_from = (lineage.read(target).data.get("parent") or {}).get("manifest_sha256")
+        if made_from == origin.hash:
+            print(f"{target} is done.")
+            return
+    source = dataset.load(Path(recipe.data.path), "train")
+    print(f"trajectories: {recipe.trajectories.count} clips of the teacher {origin.path}", flush=True)
+    with _timed(options, "trajectories"):
+        make_trajectories(recipe, network(recipe.model, origin, "ema").eval(), origin, source, target)
+
+
+def export(options: Options) -> None:
+    """Gather backbone, refiner and codec."""
+    recipe, folder = options.load("stage4"), run_folder(options.run)
+    refiner = lineage.find_parent(folder, "stage4", recipe.scale, options.parent)
+    backbone = lineage.find_parent(folder, "stage3", recipe.scale)
+    lineage.require(backbone, hash=(refiner.data.get("parent") or {}).get("manifest_sha256"))
+    target = folder / "online-lpm"
+    if (target / checkpoint.MANIFEST).is_file():
+        if (lineage.read(target).data.get("parent") or {}).get("manifest_sha256") == refiner.hash:
+            print(f"{target} is done; next: make evaluate.")
+            return
+    with _timed(options, "export"):
+        exporting.export(recipe, backbone, refiner, dataset.load_codec(Path(recipe.data.path)), target)
+    print(f"Wrote {target}; next: make evaluate.")
+
+
+def evaluate(options: Options) -> None:
+    """Measure every row that the run has, and write scores and report."""
+    recipe, folder = options.load("stage4"), run_folder(options.run)
+    _need_data(recipe)
+    with _timed(options, "evaluation"):
+        bench = Bench(Path(recipe.data.path), recipe.evaluation or BenchConfig(), folder / "report" / "rows")
+        values, _ = measure_all(bench, _rows(bench, recipe, folder), print)
+    about = {
+        "quick": options.variant is not None,
+        "clips": len(bench.batch),
+        "characters": len(set(bench.batch.identity.tolist())),
+        "voice": bench.test_voice(),
+        "stream_seconds": bench.config.stream_seconds,
+    }
+    write_scores(folder / "report" / "scores.json", values, _timings(folder), about)
+    report(options)
+
+
+def report(options: Options) -> None:
+    """Write the report from the kept rows."""
+    recipe, folder = options.load("stage4"), run_folder(options.run)
+    bench = Bench(Path(recipe.data.path), recipe.evaluation or BenchConfig(), folder / "report" / "rows")
+    page = assemble(folder, bench)
+    print(f"Wrote {page}; next: open it in a browser.")
+
+
+def online_lpm(options: Options) -> None:
+    """Everything, in order."""
+    began = time.perf_counter()
+    data(options)
+    recipe = options.load("stage1")
+    try:
+        origin = find_teacher(recipe, run_folder(options.run))
+        print(f"teacher: {origin.path} ({origin.hash[:12]})", flush=True)
+    except Exception:
+        if recipe.teacher == "kept" and kept_teacher(recipe.scale).is_dir():
+            raise
+        print("There is no kept teacher: training one first.", flush=True)
+        train_stage(options, "teacher")
+    for stage in STAGES:
+        train_stage(options, stage)
+    export(options)
+    evaluate(options)
+    print(f"online-lpm: {(time.perf_counter() - began) / 60:.1f} minutes in this call.")
+
+
+# ---- pieces -----------------------------------------------------------------------------------------------
+
+
+def _rows(bench: Bench, recipe: Recipe, folder: Path) -> list[Row]:
+    """Data, teacher, few-step teacher, untrained student, and every stage that the run has."""
+    origin = find_teacher(recipe, folder)
+    teacher = network(recipe.model, origin, "ema").eval()
+    rows = [data_row(bench), *teacher_rows(bench, teacher, origin.hash, len(recipe.student.steps))]
+    rows.append(student_row(bench, "undistilled", origin.hash, CausalDiT(teacher, recipe.student)))
+    nets: dict[str, CausalDiT] = {}
+    for stage in STAGES:
+        if not (folder / stage / "checkpoints").is_dir():
+            continue
+        manifest = lineage.find_parent(folder, stage, recipe.scale)
+        nets[stage] = CausalDiT(network(recipe.model, manifest, "ema").eval(), recipe.student)
+        pair = (nets["stage3"], nets[stage]) if stage == "stage4" else (nets[stage],)
+        rows.append(student_row(bench, stage, manifest.hash, *pair))
+    target = folder / "online-lpm"
+    if (target / checkpoint.MANIFEST).is_file():
+        from student.online import OnlineLPM
+
+        online = OnlineLPM.from_pretrained(target)
+        rows.append(student_row(bench, "online_lpm", lineage.read(target).hash, online.backbone, online.refiner))
+    return rows
+
+
+def _parent(recipe: Recipe, folder: Path, teacher: Manifest | None, override: str | None) -> Manifest | None:
+    if recipe.parent is None:
+        return None
+    if recipe.parent == "teacher" and override is None:
+        return teacher
+    return lineage.find_parent(folder, recipe.parent, recipe.scale, override)
+
+
+def _need_data(recipe: Recipe) -> None:
+    prepare_once = Path(recipe.data.path)
+    if not (prepare_once / "fingerprint.json").is_file():
+        print(f"{prepare_once} is missing: preparing it first.", flush=True)
+        prepare(recipe.data.prepare, prepare_once)
+    ensure_embedder(prepare_once)
+
+
+def _stage_of(options: Options) -> str:
+    from distill.config import read
+
+    assert options.recipe is not None
+    return str(read(options.recipe).data.get("stage"))
+
+
+def _next(stage: str) -> str:
+    following = {"teacher": "distill-stage1", "stage4": "export"}
+    return f"make {following.get(stage) or 'distill-stage' + str(int(stage[-1]) + 1)}"
+
+
+@contextmanager
+def _timed(options: Options, part: str) -> Iterator[None]:
+    """Add the seconds of a part to runs/<run>/timings.json; parts that were resumed add up."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        folder = run_folder(options.run)
+        folder.mkdir(parents=True, exist_ok=True)
+        timings = _timings(folder)
+        timings[part] = timings.get(part, 0.0) + time.perf_counter() - began
+        write_json(folder / "timings.json", timings)
+
+
+def _timings(folder: Path) -> dict[str, float]:
+    path = folder / "timings.json"
+    return json.loads(path.read_text()) if path.is_file() else {}

@@ -1,0 +1,97 @@
+"""The contract of rollouts, and the off-policy ones: samples that do not come from the student's own past.
+
+`data`      the clean clips themselves; no network runs.
+`teacher`   states of stored teacher ODE trajectories at the student's step times -> its x0, with the trajectory's end as
+            target (causal ODE regression; CausVid, arXiv 2412.07772).
+`renoised`  the trajectory's end, noised afresh -> the student's x0 (off-policy distribution matching).
+
+The history given to a chunk is the trajectory's own end, at the stream's history noise. On-policy rollouts live in
+`recipes/self_forcing.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import repeat
+from torch import Tensor
+
+from distill.contracts import Roles, Roll
+from distill.data.batch import Batch
+from teacher.flow import add_noise, x0_from_v
+
+
+@dataclass(frozen=True)
+class TrajectoryConfig:
+    """Teacher ODE trajectories: how many, and how they are integrated."""
+
+    count: int = 256
+    steps: int = 16
+    shift: float = 3.0
+    text: float = 2.0  # guidance weights
+    audio: float = 2.0
+    batch_size: int = 32
+
+    def __post_init__(self):
+        if self.count < 1 or self.steps < 2 or self.batch_size < 1:
+            raise ValueError("count and batch_size must be at least 1, steps at least 2")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """No settings."""
+
+
+@dataclass(frozen=True)
+class TrajectoryRollConfig:
+    """Rolls over stored trajectories; every chunk draws one of the student's step times."""
+
+
+def data(batch: Batch, roles: Roles, cfg: DataConfig) -> Roll:
+    """The clean clip."""
+    assert batch.latents is not None
+    return Roll(batch.latents, batch.cond, target=batch.latents)
+
+
+def teacher(batch: Batch, roles: Roles, cfg: TrajectoryRollConfig) -> Roll:
+    """The student's x0 at states of the teacher's own path, every chunk at a step time of its own."""
+    states = roles.trajectories.states(batch.index)  # [B, S + 1, T, C, H, W], the last one clean
+    choice, t = _step_per_chunk(states, roles)
+    rows = torch.arange(len(states))[:, None]
+    frames = torch.arange(states.shape[2])[None]
+    xt = states[rows, choice, frames]  # [B, T, C, H, W]
+    return _teacher_forced(batch, roles, xt, t, states[:, -1])
+
+
+def renoised(batch: Batch, roles: Roles, cfg: TrajectoryRollConfig) -> Roll:
+    """The student's x0 at fresh noise on the teacher's samples."""
+    states = roles.trajectories.states(batch.index)
+    _, t = _step_per_chunk(states, roles)
+    x0 = states[:, -1]
+    return _teacher_forced(batch, roles, add_noise(x0, roles.noise(x0, "rollout/noise"), t), t, x0)
+
+
+ROLLOUTS = {
+    "data": (data, DataConfig),
+    "teacher": (teacher, TrajectoryRollConfig),
+    "renoised": (renoised, TrajectoryRollConfig),
+}
+
+
+def _step_per_chunk(states: Tensor, roles: Roles) -> tuple[Tensor, Tensor]:
+    """One step number per chunk, spread over its frames: (number [B, T], time [B, T] float64)."""
+    size, steps = roles.stream.chunk_frames, torch.tensor(roles.stream.steps, dtype=torch.float64)
+    chunks = states.shape[2] // size
+    choice = torch.randint(len(steps), (len(states), chunks), generator=roles.generator("rollout/steps"))
+    choice = repeat(choice, "b i -> b (i k)", k=size)
+    return choice, steps[choice].to(states.device)
+
+
+def _teacher_forced(batch: Batch, roles: Roles, xt: Tensor, t: Tensor, x0: Tensor) -> Roll:
+    noise = roles.stream.history_noise
+    t_hist = torch.full((len(x0),), noise, dtype=torch.float64, device=x0.device)
+    hist = add_noise(x0, roles.noise(x0, "rollout/history"), t_hist)
+    student = roles.causal("student")
+    v = student(xt, t, batch.cond, hist, t_hist)
+    return Roll(x0_from_v(xt, v, t), batch.cond, target=x0)

@@ -1,0 +1,1 @@
+"""What outlives the process: checkpoints, their family tree, the moving average."""

@@ -1,0 +1,211 @@
+"""The training loop: one for every stage. Phases say who learns from which terms; nothing here knows what a loss is.
+
+Per step and phase: draw a keyed batch, roll out, add up the weighted terms, backward, clip, check, update, average.
+A non-finite loss or gradient skips the update and is counted; too many in a row stop the run (exit code 5).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from distill.config import OptimConfig, Phase, Recipe, rollout_function, term_function
+from distill.contracts import Roles, Roll
+from distill.data.batch import Batch
+from distill.engine import Engine
+from distill.errors import ExitCode, UserError
+from distill.runs import StageRun
+from distill.state import checkpoint
+from distill.state.ema import EMA
+from distill.state.lineage import Manifest, describe
+from distill.tracking import StopSignal, Tracker
+
+
+class Source(Protocol):
+    """Anything that batches are drawn from."""
+
+    fingerprint: str
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> Batch: ...
+
+
+Sampler = Callable[[int, Roles], dict[str, float]]  # (step, roles with averaged weights) -> scalars for the log
+
+
+class Trainer:
+    """One stage of training, resumable at any checkpoint."""
+
+    def __init__(
+        self, recipe: Recipe, run: StageRun, roles: Roles, source: Source, engine: Engine, parent: Manifest | None
+    ):
+        self.recipe, self.run, self.roles, self.source, self.engine, self.parent = (
+            recipe,
+            run,
+            roles,
+            source,
+            engine,
+            parent,
+        )
+        self.trained = list(dict.fromkeys(phase.update for phase in recipe.phases))
+        self.product = next(role for role in self.trained if role != "critic")  # what the stage is for
+        for role, model in roles.models.items():
+            model.to(engine.device).requires_grad_(role in self.trained)
+        self.optimizers = {r: engine.optimizer(roles.models[r], recipe.optimizer[r]) for r in self.trained}
+        self.ema = EMA(roles.models[self.product], recipe.train.ema, recipe.train.ema_start)
+        self.step, self.skipped, self.skipped_in_row = 0, 0, 0
+
+    # ---- the loop -----------------------------------------------------------------------------------------
+
+    def fit(self, sampler: Sampler | None = None) -> Path:
+        """Train to the last step, from the newest whole checkpoint on if there is one; returns the final checkpoint."""
+        self.resume()
+        train, steps = self.recipe.train, self.recipe.train.steps
+        description = f"{self.recipe.name} ({self.recipe.stage})"
+        saved: Path | None = None
+        with (
+            Tracker(self.run.folder, steps, description, self.step, train.log_every, self.run.say) as tracker,
+            StopSignal(self.run.say) as stop,
+        ):
+            if sampler is not None and self.step == 0:
+                tracker.event(0, sampler(0, self.averaged_roles()))
+            while self.step < steps:
+                step = self.step + 1
+                logs: dict[str, float | Tensor] = {}
+                for index, phase in enumerate(self.recipe.phases):
+                    if step % phase.every == 0:
+                        logs |= self.update(step, index, phase)
+                self.step = step
+                tracker.log(step, logs)
+                self.run.note(step=step)
+                if sampler is not None and (step % train.sample_every == 0 or step == steps):
+                    tracker.event(step, sampler(step, self.averaged_roles()))
+                if step % train.save_every == 0 or step == steps or stop.requested:
+                    saved = self.save({name: float(value) for name, value in logs.items()})
+                if stop.requested and step < steps:
+                    raise stop.error(step)
+        return saved or self.run.checkpoints / f"step_{self.step:08d}"
+
+    def update(self, step: int, index: int, phase: Phase) -> dict[str, float | Tensor]:
+        """One optimizer step of one role."""
+        train, model, optimizer = self.recipe.train, self.roles.models[phase.update], self.optimizers[phase.update]
+        for role in self.trained:  # gradients go to this phase's role and nowhere else
+            self.roles.models[role].requires_grad_(role == phase.update)
+        logs: dict[str, float | Tensor] = {}
+        for micro in range(train.grad_accumulation):
+            roles = replace(self.roles, key=(self.recipe.seed, self.engine.rank, step, micro, index))
+            batch = self.source.sample(train.batch_size, roles.generator("batch")).to(self.engine.device)
+            with self.engine.autocast():
+                roll = self.roll(batch, roles, phase)
+                loss, parts = self.loss(roll, roles, phase, step)
+            self.engine.backward(loss / train.grad_accumulation)
+            for name, value in parts.items():
+                logs[name] = logs.get(name, 0.0) + value / train.grad_accumulation
+        norm = self.engine.clip(model.parameters(), train.clip)
+        rate = learning_rate(self.recipe.optimizer[phase.update], step, train.steps)
+        finite = bool(torch.isfinite(norm)) and all(math.isfinite(float(value)) for value in logs.values())
+        if finite:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            self.skipped_in_row = 0
+        else:
+            self.skip(step, phase.update, logs)
+        optimizer.zero_grad(set_to_none=True)
+        if phase.update == self.product and finite:
+            self.ema.update(model, step)
+        return logs | {
+            f"optim/grad_norm_{phase.update}": norm.detach(),
+            f"optim/lr_{phase.update}": rate,
+            "optim/skipped": float(self.skipped),
+        }
+
+    def roll(self, batch: Batch, roles: Roles, phase: Phase) -> Roll:
+        """The recipe's rollout; the critic learns from samples that carry no graph."""
+        spec = self.recipe.rollout
+        assert spec is not None
+        with torch.set_grad_enabled(phase.update != "critic"):
+            return rollout_function(spec.kind)(batch, roles, spec.config)
+
+    def loss(self, roll: Roll, roles: Roles, phase: Phase, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of the phase's terms, and every part of it under the name it has in the curves."""
+        total, logs = torch.zeros((), device=self.engine.device), dict(roll.logs)
+        for spec in phase.terms:
+            term = term_function(spec.name)(roll, roles, spec.config)
+            ramp = min(1.0, step / spec.ramp_steps) if spec.ramp_steps else 1.0
+            total = total + spec.weight * ramp * term.value
+            name = spec.name if phase.update == self.product else f"{phase.update}_{spec.name}"
+            logs[f"train/{name}"] = term.value.detach()
+            logs |= {f"train/{name}_{key}": value.detach() for key, value in term.logs.items()}
+        return total, logs
+
+    def skip(self, step: int, role: str, logs: dict[str, float | Tensor]) -> None:
+        """Count an update that was not made; stop when it keeps happening."""
+        self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
+        self.run.say(f"step {step}: the {role}'s loss or gradient is not finite, update skipped")
+        for name in [name for name, value in logs.items() if not math.isfinite(float(value))]:
+            del logs[name]
+        if self.skipped_in_row >= self.recipe.train.max_nonfinite:
+            raise UserError(
+                f"Stopped at step {step}: {self.skipped_in_row} updates in a row were not finite; lower "
+                f"optimizer.{role}.lr or look at the last samples in {self.run.samples}.",
+                ExitCode.NUMERICS,
+            )
+
+    # ---- state --------------------------------------------------------------------------------------------
+
+    def save(self, metrics: dict[str, float]) -> Path:
+        """Commit a checkpoint of every trained network, its optimizer, and the average of the product."""
+        self.engine.barrier()
+        folder = self.run.checkpoints / f"step_{self.step:08d}"
+        if self.engine.is_main:
+            state = {role: dict(self.roles.models[role].state_dict()) for role in self.trained}
+            for role, optimizer in self.optimizers.items():
+                state[f"optimizer_{role}"] = checkpoint.pack_optimizer(
+                    optimizer, self.roles.models[role].named_parameters()
+                )
+            state["ema"] = self.ema.state()
+            finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            meta = describe(self.recipe, self.step, self.parent, self.source.fingerprint, finite)
+            progress = {"step": self.step, "skipped": self.skipped, "skipped_in_row": self.skipped_in_row}
+            folder = checkpoint.save(
+                self.run.checkpoints, self.step, state, meta, self.recipe.train.keep, progress=progress
+            )
+        self.engine.barrier()
+        return folder
+
+    def resume(self) -> None:
+        """Take up the newest whole checkpoint of this stage, if there is one."""
+        found = checkpoint.latest(self.run.checkpoints, self.run.say)
+        if found is None:
+            return
+        for role in self.trained:
+            model = self.roles.models[role]
+            model.load_state_dict(checkpoint.load(found.path, role))
+            packed = checkpoint.load(found.path, f"optimizer_{role}")
+            checkpoint.unpack_optimizer(self.optimizers[role], model.named_parameters(), packed)
+        self.ema.load(checkpoint.load(found.path, "ema"))
+        self.step, self.skipped = found.progress["step"], found.progress["skipped"]
+        self.skipped_in_row = found.progress["skipped_in_row"]
+
+    def averaged_roles(self) -> Roles:
+        """The roles with the product's averaged weights in a copy, for samples and scores."""
+        averaged = copy.deepcopy(self.roles.models[self.product]).requires_grad_(False).eval()
+        self.ema.copy_to(averaged)
+        return replace(self.roles, models={**self.roles.models, self.product: averaged})
+
+
+def learning_rate(config: OptimConfig, step: int, total: int) -> float:
+    """Linear warm-up, then constant or half a cosine down to a hundredth."""
+    if step <= config.warmup_steps:
+        return config.lr * step / max(config.warmup_steps, 1)
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - config.warmup_steps) / max(total - config.warmup_steps, 1)
+    return config.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)

@@ -1,0 +1,107 @@
+"""Teacher ODE trajectories: for each chosen train clip, the states of the guided sampler at the student's step times.
+
+Written part by part, so that an interrupted run goes on with the missing parts; sealed with a manifest at the end.
+states [N, S + 1, T, C, H, W] fp16, the last one clean; index [N] rows of the train split.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from distill.config import Recipe, fingerprint
+from distill.data.batch import Batch, keyed_generator
+from distill.data.dataset import LatentDataset
+from distill.errors import ExitCode, UserError
+from distill.rollout import TrajectoryConfig
+from distill.state import checkpoint
+from distill.state.lineage import Manifest, describe
+from distill.tracking import progress
+from teacher.conditions import Conditions
+from teacher.dit import DiT
+from teacher.flow import schedule
+from teacher.guidance import Guidance, guided_velocity
+from teacher.sampler import euler
+
+
+class Trajectories:
+    """Stored trajectories as a source of batches: rows of the train split that have one."""
+
+    def __init__(self, folder: Path, data: LatentDataset, steps: Sequence[float]):
+        tensors = load_file(Path(folder) / checkpoint.TENSORS)
+        self.index, self.data, self.fingerprint = tensors["index"], data, data.fingerprint
+        self._states = tensors["states"]
+        stored = tensors["times"].tolist()
+        if [round(t, 6) for t in stored[:-1]] != [round(t, 6) for t in steps]:
+            raise UserError(
+                f"{folder} holds states at times {stored[:-1]} but student.steps are {list(steps)}: run "
+                "`make trajectories` in a new RUN.",
+                ExitCode.DATA,
+            )
+        self._row = torch.full((len(data),), -1, dtype=torch.long)
+        self._row[self.index] = torch.arange(len(self.index))
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
+        """Rows that have a trajectory, drawn with replacement."""
+        chosen = torch.randint(len(self.index), (batch_size,), generator=generator)
+        return self.data.all().select(self.index[chosen])
+
+    def states(self, index: Tensor) -> Tensor:
+        """States of these rows of the train split, float32 [B, S + 1, T, C, H, W]."""
+        return self._states[self._row[index.cpu()]].to(index.device).float()
+
+
+def make_trajectories(
+    recipe: Recipe, teacher: DiT, origin: Manifest, data: LatentDataset, folder: Path
+) -> Path:
+    """Sample `recipe.trajectories.count` clips of the train split; returns the sealed folder."""
+    config: TrajectoryConfig = recipe.trajectories
+    count = min(config.count, len(data))
+    chosen = torch.randperm(len(data), generator=keyed_generator(recipe.seed, "trajectories"))[:count]
+    parts = folder.with_name(f".{folder.name}-parts-{fingerprint(recipe)[:8]}-{origin.hash[:8]}")
+    parts.mkdir(parents=True, exist_ok=True)
+    times, kept = step_times(config, recipe.student.steps)
+    starts = list(range(0, count, config.batch_size))
+    for start in progress(starts, "teacher trajectories"):
+        path = parts / f"part_{start:06d}.safetensors"
+        if path.is_file():
+            continue
+        rows = chosen[start : start + config.batch_size]
+        batch = data.all().select(rows)
+        assert batch.latents is not None
+        generator = keyed_generator(recipe.seed, "trajectories", start)
+        noise = torch.randn(batch.latents.shape, generator=generator)
+        states = sample_states(teacher, noise, batch.cond, times, Guidance(config.text, config.audio))
+        temporary = path.with_suffix(".partial")
+        save_file({"states": torch.stack([states[i] for i in kept], 1).half(), "index": rows}, temporary)
+        temporary.replace(path)
+    loaded = [load_file(parts / f"part_{start:06d}.safetensors") for start in starts]
+    tensors = {name: torch.cat([part[name] for part in loaded]) for name in ("states", "index")}
+    tensors["times"] = times[kept]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    with checkpoint.committed(folder, describe(recipe, 0, origin, data.fingerprint), size) as temporary_folder:
+        save_file(tensors, temporary_folder / checkpoint.TENSORS)
+    shutil.rmtree(parts)
+    return folder
+
+
+def step_times(config: TrajectoryConfig, steps: Sequence[float]) -> tuple[Tensor, list[int]]:
+    """The sampler's times with the student's step times among them, and where those and the end stand."""
+    wanted = torch.tensor([*steps, 0.0], dtype=torch.float64)
+    grid = schedule(config.steps, config.shift)
+    # A grid time next to a wanted one would only make a tiny step: the wanted one takes its place.
+    far = (grid[:, None] - wanted).abs().min(1).values > 0.25 / config.steps
+    times = torch.cat([grid[far], wanted]).sort(descending=True).values
+    return times, [int((times - t).abs().argmin()) for t in wanted]
+
+
+@torch.no_grad()
+def sample_states(teacher: DiT, noise: Tensor, cond: Conditions, times: Tensor, guidance: Guidance) -> list[Tensor]:
+    """States of the guided Euler sampler at all `times`."""
+    refs = teacher.encode_refs(cond)
+    return euler(lambda x, t: guided_velocity(teacher, x, t, cond, guidance, refs), noise, times)

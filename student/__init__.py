@@ -1,0 +1,1 @@
+"""The causal few-step student: block-causal DiT, KV cache, streaming, Online LPM."""

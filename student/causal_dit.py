@@ -1,0 +1,98 @@
+"""The student: the teacher's DiT made causal over chunks. Same weights, same blocks; time per frame; a KV cache.
+
+Two ways through it that must agree (tests/test_student.py):
+* `velocity` / `remember`: one chunk against the cache, as in streaming and in its own rollouts;
+* `forward`: a whole clip at once under a block mask, given the history (teacher forcing) or its own noisy past.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from student.kv_cache import KVCache
+from student.mask import causal_mask, teacher_forcing_mask
+from teacher.attention import KV
+from teacher.conditions import Conditions
+from teacher.dit import DiT
+from teacher.rope import grid_positions
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How the student streams. Backbone takes all `steps` but the last, the refiner the last one."""
+
+    chunk_frames: int = 3  # latent frames per chunk
+    sink_chunks: int = 1
+    window_chunks: int = 2
+    steps: tuple[float, ...] = (1.0, 0.8, 0.45)  # T0 > T1 > T2
+    history_noise: float = 0.1  # noise level of the history that the backbone sees; the refiner's is clean
+
+    def __post_init__(self):
+        if self.chunk_frames < 1 or self.sink_chunks < 0 or self.window_chunks < 0:
+            raise ValueError("chunk_frames must be at least 1, sink_chunks and window_chunks at least 0")
+        if not self.steps or self.steps[0] != 1.0 or list(self.steps) != sorted(set(self.steps), reverse=True):
+            raise ValueError(f"steps {list(self.steps)} must fall from 1.0")
+        if self.steps[-1] <= 0 or not 0 <= self.history_noise < 1:
+            raise ValueError("steps must stay above 0 and history_noise must lie in [0, 1)")
+
+    @property
+    def visible_chunks(self) -> int:
+        """Chunks in sight at most, the current one included: how far positions reach."""
+        return self.sink_chunks + self.window_chunks + 1
+
+
+class CausalDiT(nn.Module):
+    """A DiT that sees past chunks only."""
+
+    def __init__(self, dit: DiT, stream: StreamConfig):
+        super().__init__()
+        self.dit, self.stream = dit, stream
+
+    def start(self, cond: Conditions) -> KVCache:
+        """An empty cache with the references of `cond`, kept for the whole stream."""
+        rows, columns = self.dit.token_grid(cond.refs)
+        grid = (self.stream.chunk_frames, rows, columns)
+        return KVCache(self.dit.encode_refs(cond), grid, self.stream.sink_chunks, self.stream.window_chunks)
+
+    def velocity(self, xt: Tensor, t: Tensor, cond: Conditions, cache: KVCache) -> Tensor:
+        """v of one chunk, xt [B, K, C, H, W], t [B]; `cond` covers this chunk's frames."""
+        return self.dit.run(xt, t, cond, cache.positions(), cache.context())[0]
+
+    def remember(self, x: Tensor, t: Tensor, cond: Conditions, cache: KVCache) -> KVCache:
+        """The cache after the finished chunk `x` (clean, or noised to t [B])."""
+        return cache.push(self.dit.run(x, t, cond, cache.positions(), cache.context())[1])
+
+    def forward(
+        self, xt: Tensor, t: Tensor, cond: Conditions, hist: Tensor | None = None, t_hist: Tensor | None = None
+    ) -> Tensor:
+        """v of a clip of whole chunks, xt [B, T, C, H, W], t [B] or [B, T].
+
+        With `hist` (like xt, at noise level t_hist): each chunk sees the given history (teacher forcing). Without:
+        each chunk sees the noisy chunks before it (diffusion forcing). Clips longer than the stream's window are
+        refused: their relative positions would differ from streaming.
+        """
+        stream, (rows, columns) = self.stream, self.dit.token_grid(xt)
+        chunks, rest = divmod(xt.shape[1], stream.chunk_frames)
+        if rest or chunks > stream.visible_chunks:
+            raise ValueError(
+                f"A clip must be 1 to {stream.visible_chunks} whole chunks of {stream.chunk_frames} latent frames, "
+                f"this one has {xt.shape[1]} frames."
+            )
+        refs = self.dit.encode_refs(cond)
+        positions = grid_positions(xt.shape[1], rows, columns).to(xt.device)
+        sizes = (
+            chunks,
+            stream.chunk_frames * rows * columns,
+            stream.sink_chunks,
+            stream.window_chunks,
+            refs[0][0].k.shape[1],
+        )
+        if hist is None:
+            return self.dit.run(xt, t, cond, positions, refs, causal_mask(*sizes).to(xt.device))[0]
+        if t_hist is None:
+            raise ValueError("A given history needs its noise level t_hist.")
+        layers = self.dit.run(hist, t_hist, cond, positions, refs, causal_mask(*sizes).to(xt.device))[1]
+        context = [[*ref, KV(k, v, positions)] for ref, (k, v) in zip(refs, layers, strict=True)]
+        return self.dit.run(xt, t, cond, positions, context, teacher_forcing_mask(*sizes).to(xt.device))[0]

@@ -1,0 +1,57 @@
+"""Classifier-free guidance per modality, in one convention everywhere:
+
+    v = u + w_text (text - u) + w_audio (text+audio - text)
+
+u hears silence and reads nothing; references are kept in every branch. With w_text = w_audio the middle branch
+cancels and is not evaluated. Self-Forcing's `guidance_scale: s` is `c + s (c - u)`, which is w = s + 1 here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from teacher.attention import KV
+from teacher.conditions import Conditions
+from teacher.dit import DiT
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Weights per modality; 1.0 = plain conditional, no extra evaluation."""
+
+    text: float = 1.0
+    audio: float = 1.0
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations per guided velocity."""
+        if self.text == self.audio:
+            return 1 if self.text == 1.0 else 2
+        return 3 - (self.text == 1.0) - (self.audio == 1.0)
+
+
+def guided_velocity(
+    model: DiT, x: Tensor, t: Tensor, cond: Conditions, guidance: Guidance, refs: list[list[KV]] | None = None
+) -> Tensor:
+    """Guided velocity of the bidirectional model, [B, T, C, H, W].."""
+    weights = _branch_weights(guidance)
+    branches = {
+        "full": cond,
+        "text": cond.drop(audio=True),
+        "none": cond.drop(audio=True, text=True),
+    }
+    refs = model.encode_refs(cond) if refs is None else refs
+    # Conditional and unconditional passes one after the other: a joint batch would double the peak memory at 17B.
+    out = torch.zeros_like(x)
+    for name, weight in weights.items():
+        out = out + weight * model(x, t, branches[name], refs)
+    return out
+
+
+def _branch_weights(guidance: Guidance) -> dict[str, float]:
+    """Coefficient of each branch that has to be evaluated."""
+    weights = {"full": guidance.audio, "text": guidance.text - guidance.audio, "none": 1 - guidance.text}
+    return {name: weight for name, weight in weights.items() if weight != 0}
