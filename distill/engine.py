@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from distill.config import OptimConfig
@@ -17,6 +18,7 @@ class Engine:
 
     def __init__(self, precision: str = "fp32"):
         mixed = "bf16" if precision == "bf16" else "no"
+        AcceleratorState._reset_state()  # stages of one process may differ in precision; the process group stays
         self.accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available())
 
     @property

@@ -59,7 +59,8 @@ class Trainer:
             model.to(engine.device).requires_grad_(role in self.trained)
         self.optimizers = {r: engine.optimizer(roles.models[r], recipe.optimizer[r]) for r in self.trained}
         self.ema = EMA(roles.models[self.product], recipe.train.ema, recipe.train.ema_start)
-        self.step, self.skipped, self.skipped_in_row = 0, 0, 0
+        self.step, self.skipped = 0, 0
+        self.skipped_in_row = dict.fromkeys(self.trained, 0)  # a healthy critic must not hide a student that stands still
 
     # ---- the loop -----------------------------------------------------------------------------------------
 
@@ -114,7 +115,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
-            self.skipped_in_row = 0
+            self.skipped_in_row[phase.update] = 0
         else:
             self.skip(step, phase.update, logs)
         optimizer.zero_grad(set_to_none=True)
@@ -147,13 +148,14 @@ class Trainer:
 
     def skip(self, step: int, role: str, logs: dict[str, float | Tensor]) -> None:
         """Count an update that was not made; stop when it keeps happening."""
-        self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
+        self.skipped += 1
+        self.skipped_in_row[role] += 1
         self.run.say(f"step {step}: the {role}'s loss or gradient is not finite, update skipped")
         for name in [name for name, value in logs.items() if not math.isfinite(float(value))]:
             del logs[name]
-        if self.skipped_in_row >= self.recipe.train.max_nonfinite:
+        if self.skipped_in_row[role] >= self.recipe.train.max_nonfinite:
             raise UserError(
-                f"Stopped at step {step}: {self.skipped_in_row} updates in a row were not finite; lower "
+                f"Stopped at step {step}: {self.skipped_in_row[role]} updates of the {role} in a row were not finite; lower "
                 f"optimizer.{role}.lr or look at the last samples in {self.run.samples}.",
                 ExitCode.NUMERICS,
             )

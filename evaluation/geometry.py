@@ -1,8 +1,8 @@
-"""Exact geometry of the drawn character, read back from pixels: motion tracks, identity, caption labels. Nothing learned.
+"""Exact geometry of the drawn character, read back from pixels: motion tracks, identity, caption labels.
 
-1. silhouette against the corner color -> head position; 2. eye line -> roll; 3. windows resampled in the head's own
-coordinates -> mouth area, lip corners, iris, lids and brows by color (skin is warm, R - B > 0; inside, teeth, whites
-are not). Relies only on what all characters share: heights of hair top, eyes and mouth, and disjoint color families.
+1. silhouette against the corner color -> head position; 2. mirror symmetry of the features -> roll; 3. windows
+resampled in the head's own coordinates -> mouth, iris, lids, brows by color (skin is warm, R - B > 0; inside, teeth,
+whites are not). Nothing is learned: it relies on what all characters share, the heights of hair top, eyes and mouth.
 frames [N, F, 3, H, W] in [0, 1] -> Tracks of [N, F] in the rig's motion units, identity [N, F, D] with std about 1.
 """
 
@@ -15,10 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from evaluation import outlines
+from evaluation.outlines import coolness, darkness, hanging, span
+
 HEAD_REACH, PARALLAX, MAX_ROLL = (0.105, 0.125), 0.30, math.radians(10.0)
-HEAD_Y, HAIR_TOP, EYE_Y, BROW_Y, MOUTH_Y, OPENING = -0.02, -0.84, -0.10, -0.32, 0.27, 0.40
+HEAD_Y, HAIR_TOP, EYE_Y, OPENING = -0.02, -0.84, -0.10, 0.40
 EXPRESSION_CENTERS = ((0.0, 0.0), (0.75, 0.15), (-0.75, -0.35), (0.0, 0.85))  # (smile, brow) by label
 GLINT = 0.008  # the highlight at the upper left moves the dark part of the iris this far right
+SMILE_REST, BROW_REST = -0.12, 0.04  # what the fitted outlines read on a neutral face
+EYE_REST = 0.007  # the centroid of an open eye lies this far above the eye line
 EDGE = 0.020  # the soft outline is found this far outside the hair's true rim
 LIP_THICKNESS, LIP_YELLOW = 0.052, 0.27  # the lips' band and its (R + G) / 2 - B before skin is mixed in
 GAZE_THRESHOLD, POSE_THRESHOLD = 0.375, 0.30
@@ -56,11 +61,6 @@ class _Place:
         return _Place(self.x * (1 + PARALLAX), self.y * (1 + PARALLAX), self.roll)
 
 
-def _span(low: float, high: float, step: float) -> Tensor:
-    count = round((high - low) / step)
-    return low + (torch.arange(count, dtype=torch.float32) + 0.5) * ((high - low) / count)
-
-
 def _sample(image: Tensor, place: _Place, x: Tensor, y: Tensor, padding: str = "border") -> Tensor:
     """image [B, C, H, W] at local points x [w] or [B, w], y [h] or [B, h] -> [B, C, h, w]."""
     device = image.device
@@ -79,18 +79,6 @@ def _median(values: Tensor) -> Tensor:
 
 def _light(image: Tensor) -> Tensor:
     return image.mean(dim=1)
-
-
-def _coolness(image: Tensor, skin: Tensor) -> Tensor:
-    """0 where a pixel is as warm (R - B) as the skin or warmer, 1 where it is neutral: [B, h, w]."""
-    warmth = (skin[:, 0] - skin[:, 2]).clamp(min=0.08)[:, None, None]
-    return (1.0 - (image[:, 0] - image[:, 2]) / warmth).clamp(0.0, 1.0)
-
-
-def _darkness(image: Tensor, skin: Tensor) -> Tensor:
-    """0 where a pixel is at least about as light as the skin, 1 where it is less than half as light: [B, h, w]."""
-    reference = skin.mean(dim=1).clamp(min=0.1)[:, None, None]
-    return ((0.80 - _light(image) / reference) / 0.35).clamp(0.0, 1.0)
 
 
 def _centroid(weight: Tensor, at: Tensor, dim: int) -> Tensor:
@@ -130,14 +118,14 @@ def _silhouette(image: Tensor) -> tuple[Tensor, Tensor]:
 def _outline(front: Tensor, place: _Place) -> tuple[_Place, Tensor]:
     """One refinement of the head's place from its sides and top; also the half width of the silhouette [B]."""
     step = 2.0 / front.shape[-1]
-    half, band = _span(0.0, 1.1, step), _span(-0.45, 0.10, 2.0 / 64)
+    half, band = span(0.0, 1.1, step), span(-0.45, 0.10, 2.0 / 64)
     upright = _Place(place.x, place.y, place.roll)
     left = _sample(front, upright, -half.flip(0), band, "zeros")[:, 0]  # [B, rows, cols] from the rim inward
     right = _sample(front, upright, half.flip(0), band, "zeros")[:, 0]
     left_reach = left.cummax(dim=2).values.mean(1).sum(1) * step
     right_reach = right.cummax(dim=2).values.mean(1).sum(1) * step
     shift = 0.5 * (right_reach - left_reach)
-    down, middle = _span(-1.15, -0.40, step), _span(-0.15, 0.15, 2.0 / 64)
+    down, middle = span(-1.15, -0.40, step), span(-0.15, 0.15, 2.0 / 64)
     crown = _sample(front, upright, middle, down, "zeros")[:, 0]  # [B, rows, cols] from the top down
     sky = (1.0 - crown.cummax(dim=1).values).mean(2).sum(1) * step
     lift = (-1.15 + sky) - HAIR_TOP + EDGE
@@ -148,12 +136,12 @@ def _outline(front: Tensor, place: _Place) -> tuple[_Place, Tensor]:
 
 def _skin(image: Tensor, face: _Place) -> Tensor:
     """Skin color [B, 3]: median of the nose bridge and the upper cheeks."""
-    bridge = _sample(image, face, _span(-0.07, 0.07, 0.03), _span(-0.16, 0.02, 0.03)).flatten(2)
-    cheeks = [_sample(image, face, s * _span(0.18, 0.32, 0.03), _span(0.04, 0.12, 0.03)).flatten(2) for s in (-1, 1)]
+    bridge = _sample(image, face, span(-0.07, 0.07, 0.03), span(-0.16, 0.02, 0.03)).flatten(2)
+    cheeks = [_sample(image, face, s * span(0.18, 0.32, 0.03), span(0.04, 0.12, 0.03)).flatten(2) for s in (-1, 1)]
     return torch.cat([bridge, *cheeks], dim=2).median(dim=2).values
 
 
-_EYE_X, _EYE_Y = _span(0.06, 0.44, 0.02), _span(EYE_Y - 0.16, EYE_Y + 0.13, 0.02)
+_EYE_X, _EYE_Y = span(0.06, 0.44, 0.02), span(EYE_Y - 0.16, EYE_Y + 0.13, 0.02)
 
 
 def _eye_masks(image: Tensor, face: _Place, skin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,20 +149,38 @@ def _eye_masks(image: Tensor, face: _Place, skin: Tensor) -> tuple[Tensor, Tenso
     masks, lights, columns = [], [], []
     for side in (-1.0, 1.0):
         patch = _sample(image, face, side * _EYE_X, _EYE_Y)
-        mask = torch.maximum(_coolness(patch, skin), _darkness(patch, skin))
+        mask = torch.maximum(coolness(patch, skin), darkness(patch, skin))
         masks.append(((mask - 0.35) / 0.4).clamp(0.0, 1.0))
         lights.append(_light(patch))
         columns.append(side * _EYE_X)
     return torch.stack(masks), torch.stack(lights), torch.stack(columns).to(image.device)
 
 
-_MIRROR_X, _MIRROR_Y = _span(-0.45, 0.45, 0.03), _span(-0.45, 0.51, 0.03)
+def _eye_seen(masks: Tensor) -> Tensor:
+    """How far the eyes are open enough to be trusted [B] in [0, 1]; closed ones leave only the line of the lashes."""
+    return ((masks.sum(dim=(0, 2, 3)) * 0.02**2 - 0.030) / 0.015).clamp(0.0, 1.0)
+
+
+def _level(image: Tensor, place: _Place, clips: int) -> _Place:
+    """Correct the height by the eye line: hair found too high or low by its color misplaces a whole clip alike."""
+    face = place.face()
+    masks, _, _ = _eye_masks(image, face, _skin(image, face))
+    alone = (masks - torch.stack([hanging(mask, 1) for mask in masks])).clamp(min=0.0)  # without the brows
+    line = _centroid(alone[0] + alone[1], _EYE_Y, 1)
+    seen = _eye_seen(masks)
+    error = 0.8 * (line - EYE_Y + EYE_REST)
+    weight = seen.view(clips, -1)
+    mean = (weight * error.view(clips, -1)).sum(1) / weight.sum(1).clamp(min=1.0)  # [N]
+    return _Place(place.x, place.y + (mean / (1 + PARALLAX)).repeat_interleave(weight.shape[1]), place.roll)
+
+
+_MIRROR_X, _MIRROR_Y = span(-0.45, 0.45, 0.03), span(-0.45, 0.51, 0.03)
 
 
 def _features(patch: Tensor, skin: Tensor) -> Tensor:
     """Soft mask of everything drawn on the skin (brows, eyes, mouth): [B, h, w]."""
     red = (patch[:, 0] - patch[:, 1]) - (skin[:, 0] - skin[:, 1])[:, None, None]
-    mask = torch.maximum(torch.maximum(_coolness(patch, skin), _darkness(patch, skin)), ((red - 0.08) / 0.16))
+    mask = torch.maximum(torch.maximum(coolness(patch, skin), darkness(patch, skin)), ((red - 0.08) / 0.16))
     return ((mask - 0.3) / 0.5).clamp(0.0, 1.0)
 
 
@@ -221,21 +227,13 @@ def _steady(patch: Tensor, clips: int) -> Tensor:
     return smooth.transpose(1, 2).reshape(patch.shape)
 
 
-def _hanging(mask: Tensor, dim: int) -> Tensor:
-    """What is connected to the window's first row (dim 1) or column (dim 2), seen along that direction."""
-    return mask.cummin(dim=dim).values
-
-
-_MOUTH_X, _MOUTH_Y = _span(-0.44, 0.44, 0.02), _span(0.16, 0.74, 0.02)
-
-
 def _mouth_mask(patch: Tensor, skin: Tensor) -> Tensor:
     """Soft mask [B, h, w] of the mouth with its lips in the mouth window."""
-    x, y = _MOUTH_X.to(patch.device), _MOUTH_Y.to(patch.device)
+    x, y = outlines.MOUTH_COLS.to(patch.device), outlines.MOUTH_ROWS.to(patch.device)
     red = (patch[:, 0] - patch[:, 1]) - (skin[:, 0] - skin[:, 1])[:, None, None]
-    cool = ((_coolness(patch, skin) - 0.25) / 0.6).clamp(0.0, 1.0)  # inside, teeth and tongue
+    cool = ((coolness(patch, skin) - 0.25) / 0.6).clamp(0.0, 1.0)  # inside, teeth and tongue
     mask = torch.maximum(cool, ((red - 0.12) / 0.16).clamp(0.0, 1.0))
-    rim = torch.maximum(_hanging(mask, 2), _hanging(mask.flip(2), 2).flip(2))  # hair or background beside the jaw
+    rim = torch.maximum(hanging(mask, 2), hanging(mask.flip(2), 2).flip(2))  # hair or background beside the jaw
     narrow = 0.46 - 0.60 * (y - 0.40).clamp(min=0.0)  # the lower lip is never wide: what is there is collar and hair
     inner = ((narrow[:, None] - x.abs()[None, :]) / 0.06).clamp(0.0, 1.0)
     return (mask - rim).clamp(min=0.0) * inner
@@ -251,39 +249,10 @@ def _opening(patch: Tensor, skin: Tensor) -> Tensor:
     warmth = (0.5 * (skin[:, 0] + skin[:, 1]) - skin[:, 2]).clamp(min=0.08)
     yellow = (0.5 * (patch[:, 0] + patch[:, 1]) - patch[:, 2]) / warmth[:, None, None]
     lips = 0.94 * (0.25 + 0.75 * LIP_YELLOW / warmth)
-    center = _MOUTH_X.abs() < 0.09
+    center = outlines.MOUTH_COLS.abs() < 0.09
     counted = ((1.0 - yellow.clamp(-0.5, 2.5)) * near)[:, :, center].mean(2).sum(1) * 0.02
     shown = near[:, :, center].mean(2).amax(1)  # no mouth in sight, no lips to account for
     return (counted - 2.0 * LIP_THICKNESS * (1.0 - lips) * shown) / (1.12 * OPENING)
-
-
-def _smile(patch: Tensor, skin: Tensor, opening: Tensor) -> Tensor:
-    """Smile [B]: curvature of the mouth's middle line, regressed on x^2, less what opening alone bends."""
-    mouth = _mouth_mask(patch, skin) ** 2
-    square, y = (_MOUTH_X**2).to(patch.device)[None, None, :], _MOUTH_Y.to(patch.device)[None, :, None]
-    total = mouth.sum(dim=(1, 2)).clamp(min=1e-3)
-    mean_y = (mouth * y).sum(dim=(1, 2)) / total
-    mean_square = (mouth * square).sum(dim=(1, 2)) / total
-    away = square - mean_square[:, None, None]
-    spread = (mouth * away**2).sum(dim=(1, 2)) / total
-    covariance = (mouth * away * (y - mean_y[:, None, None])).sum(dim=(1, 2)) / total
-    bend = 6.0 * mean_square * covariance / (spread + 2e-5)  # how far the corners hang below the middle
-    return (-(bend + 0.095 * opening) / 0.102).clamp(-1.5, 1.5)
-
-
-def _brow(image: Tensor, face: _Place, skin: Tensor, clips: int) -> tuple[Tensor, Tensor]:
-    """Height [B] in [-1, 1] and thickness [B] of the brows."""
-    x, y = _span(0.14, 0.32, 0.02), _span(-0.47, -0.14, 0.02)
-    brow = torch.zeros(len(image), len(y), len(x), device=image.device)
-    for side in (-1.0, 1.0):
-        patch = _steady(_sample(image, face, side * x, y), clips)
-        dark = _darkness(patch, skin)
-        solid = ((torch.maximum(dark, _coolness(patch, skin)) - 0.4) / 0.4).clamp(0.0, 1.0)
-        hair, eye = _hanging(solid, 1), _hanging(solid.flip(1), 1).flip(1)
-        above = functional.max_pool2d(hair, (5, 1), 1, (2, 0))  # and its soft rim
-        brow = brow + dark * (1.0 - torch.maximum(above, eye))
-    height = _centroid(brow, y, 1)
-    return (BROW_Y - height) / 0.075 + 0.12, brow.sum(dim=(1, 2)) * 0.02 / (2 * len(x))
 
 
 def _gaze(masks: Tensor, lights: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -297,7 +266,7 @@ def _gaze(masks: Tensor, lights: Tensor, columns: Tensor) -> tuple[Tensor, Tenso
 
 def _iris(image: Tensor, face: _Place, space: Tensor, shift: Tensor) -> Tensor:
     """Iris color [B, 3]: median of the colored ring's lower half in both eyes."""
-    below = _span(EYE_Y + 0.03, EYE_Y + 0.07, 0.02)
+    below = span(EYE_Y + 0.03, EYE_Y + 0.07, 0.02)
     across = torch.tensor([-0.035, -0.015, 0.015, 0.035], device=image.device)
     patches = []
     for side in (-1.0, 1.0):
@@ -310,8 +279,14 @@ def _iris(image: Tensor, face: _Place, space: Tensor, shift: Tensor) -> Tensor:
 IDENTITY_NAMES = tuple(f"{part}_{c}" for part in ("skin", "hair", "iris", "shirt", "back") for c in "rgb") + (
     "head_width", "hair_length", "eye_spacing", "eye_size", "brow_thickness",
 )  # fmt: skip
-IDENTITY_MEAN = (0.0,) * 20
-IDENTITY_STD = (1.0,) * 20
+IDENTITY_MEAN = (
+    0.82, 0.61, 0.48, 0.65, 0.44, 0.31, 0.36, 0.44, 0.43, 0.49, 0.43, 0.42, 0.53, 0.68, 0.77,
+    0.68, 0.57, 0.241, 0.114, 0.093,
+)  # fmt: skip
+IDENTITY_STD = (
+    0.14, 0.156, 0.167, 0.265, 0.24, 0.236, 0.10, 0.09, 0.17, 0.28, 0.206, 0.17, 0.147, 0.12, 0.168,
+    0.053, 0.139, 0.020, 0.025, 0.021,
+)  # fmt: skip
 
 
 @torch.no_grad()
@@ -322,31 +297,37 @@ def measure(frames: Tensor) -> Tracks:
     clips, length = frames.shape[:2]
     image = frames.float().nan_to_num(0.0).clamp(0.0, 1.0).flatten(0, 1)  # [B, 3, H, W]
     place, half_width, front, back = _locate(image)
+    place = _level(image, place, clips)
     face = place.face()
     skin = _skin(image, face)
-    patch = _sample(image, face, _MOUTH_X, _MOUTH_Y)
+    patch = _sample(image, face, outlines.MOUTH_COLS, outlines.MOUTH_ROWS)
     opening = _opening(patch, skin)
-    calm = _steady(patch, clips)
-    smile = _smile(calm, skin, _opening(calm, skin))
-    brow, brow_thickness = _brow(image, face, skin, clips)
+    smile = outlines.smile(_steady(patch, clips), skin) + SMILE_REST
+    sides = [_steady(_sample(image, face, s * outlines.BROW_COLS, outlines.BROW_ROWS), clips) for s in (-1.0, 1.0)]
+    brow, brow_thickness = outlines.brow(sides[0], sides[1], skin)
     masks, lights, columns = _eye_masks(image, face, skin)
     area = masks.sum(dim=(0, 2, 3)) * 0.02**2  # [B] both eyes with their lashes
     by_clip = area.view(clips, length)
     full = by_clip.quantile(0.8, dim=1, keepdim=True).clamp(min=0.02)
     blink = ((1.0 - by_clip / full) / 0.88).clamp(-0.2, 1.2)
-    seen = ((area - 0.030) / 0.015).clamp(0.0, 1.0) * (1.0 - 1.6 * blink.clamp(0.0, 1.0)).clamp(min=0.0).flatten()
+    seen = _eye_seen(masks) * (1.0 - 1.6 * blink.clamp(0.0, 1.0)).clamp(min=0.0).flatten()
     shift, space = _gaze(masks, lights, columns)
     shift, space = _hold(shift, seen, clips), _hold(space, seen, clips)
     iris = _hold(_iris(image, face, space, shift), seen, clips)
-    hair = _median(_sample(image, place, _span(-0.22, 0.22, 0.04), _span(-0.77, -0.67, 0.03)))
+    hair = _median(_sample(image, place, span(-0.22, 0.22, 0.04), span(-0.77, -0.67, 0.03)))
     height, width = image.shape[-2:]
     low = image[:, :, height - max(1, height // 16) :, :]
-    shirt = _median(torch.cat([low[..., width // 10 : width * 3 // 10], low[..., width * 7 // 10 : width * 9 // 10]], 3))
-    lower = _sample(front, place, _span(-0.95, 0.95, 0.03), _span(0.36, 0.50, 0.03), "zeros")
+    left, right = slice(width // 10, width * 3 // 10), slice(width * 7 // 10, width * 9 // 10)
+    shirt = _median(torch.cat([low[..., left], low[..., right]], dim=3))
+    lower = _sample(front, place, span(-0.95, 0.95, 0.03), span(0.36, 0.50, 0.03), "zeros")
     shapes = [half_width, lower.mean(dim=(1, 2, 3)) * 0.95, space, _hold(area, seen, clips), brow_thickness]
     identity = torch.cat([skin, hair, iris, shirt, back, torch.stack(shapes, dim=1)], dim=1)  # [B, D]
     center = torch.tensor(IDENTITY_MEAN, device=image.device)
     spread = torch.tensor(IDENTITY_STD, device=image.device)
+    identity = (identity - center) / spread
+    known = seen.view(clips, length).amax(1).repeat_interleave(length)[:, None]  # [B, 1] 0 if the eyes never open
+    identity[:, 6:9] *= known  # an iris nobody has seen counts as average
+    identity[:, 17:19] *= known
 
     def track(values: Tensor) -> Tensor:
         return values.view(clips, length)
@@ -359,8 +340,8 @@ def measure(frames: Tensor) -> Tracks:
         gaze_x=track(shift) / 0.066,
         blink=blink,
         smile=track(smile),
-        brow=track(brow),
-        identity=((identity - center) / spread).view(clips, length, -1),
+        brow=track(brow) + BROW_REST,
+        identity=identity.view(clips, length, -1),
     )
 
 

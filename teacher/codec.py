@@ -48,6 +48,48 @@ class PCACodec(nn.Module):
         self.register_buffer("scale", scale.float())
 
     @classmethod
+    def fit(cls, frames: Tensor, channels: int = 32, motion: float = 3.0) -> PCACodec:
+        """Fit on `frames` [N, F, 3, H, W] in [0, 1].
+
+        Blocks count more the more they move (1 + motion * relative standard deviation over their four frames): a mouth
+        is few pixels of a picture but most of what a viewer looks at.
+        """
+        blocks = _to_blocks(frames.float()).flatten(0, 3)  # [N, 768]
+        moving = blocks.unflatten(-1, (STRIDE[0], -1)).var(1).mean(1).sqrt()
+        weight = 1 + motion * moving / moving.mean().clamp_min(1e-12)
+        weight = (weight / weight.mean())[:, None]
+        mean = (blocks * weight).mean(0)
+        centered = blocks - mean
+        covariance = (centered * weight).T @ centered / len(blocks)
+        vectors = torch.linalg.eigh(covariance.double())[1].float()
+        basis = vectors.flip(1)[:, :channels]
+        # The sign of an eigenvector is arbitrary; fixing it keeps latents comparable between fits.
+        basis = basis * torch.sign(basis.sum(0) + 1e-12)
+        std = (centered @ basis).square().mean(0).clamp_min(1e-12).sqrt()
+        return cls(mean, basis, std.sqrt() * std.mean().sqrt())
+
+    def encode(self, frames: Tensor) -> Tensor: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+    def encode_image(self, image: Tensor) -> Tensor: ...
+
+
+class PCACodec(nn.Module):
+    """Linear codec: `latent = (block - mean) @ basis / scale`."""
+
+    mean: Tensor  # [768]
+    basis: Tensor  # [768, C], orthonormal columns
+    scale: Tensor  # [C]
+
+    def __init__(self, mean: Tensor, basis: Tensor, scale: Tensor):
+        super().__init__()
+        self.channels = basis.shape[1]
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("basis", basis.float())
+        self.register_buffer("scale", scale.float())
+
+    @classmethod
     def fit(cls, frames: Tensor, channels: int = 24) -> PCACodec:
         """Fit on `frames` [N, F, 3, H, W] in [0, 1]."""
         blocks = _to_blocks(frames.float()).reshape(-1, _block_size()).double()

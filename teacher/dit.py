@@ -30,7 +30,7 @@ class DiTConfig:
     depth: int = 6
     heads: int = 6
     ffn_dim: int = 512
-    channels: int = 24  # latent channels
+    channels: int = 32  # latent channels
     patch: int = 2  # latent rows and columns per token
     text_dim: int = 64
     mels: int = 32

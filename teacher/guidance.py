@@ -28,9 +28,7 @@ class Guidance:
     @property
     def evaluations(self) -> int:
         """Network evaluations per guided velocity."""
-        if self.text == self.audio:
-            return 1 if self.text == 1.0 else 2
-        return 3 - (self.text == 1.0) - (self.audio == 1.0)
+        return len(_branch_weights(self))
 
 
 def guided_velocity(

@@ -38,10 +38,12 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 def randomize(module: nn.Module, seed: int = 0) -> None:
     """Every parameter random, none at its special start, activations of order one."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
+    for name, parameter in module.named_parameters():
         values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        scaled = values / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else parameter.detach() + 0.1 * values
-        parameter.data.copy_(scaled)
+        if parameter.ndim > 1:
+            parameter.data.copy_(values / parameter.shape[-1] ** 0.5)
+        else:
+            parameter.data.copy_(0.1 * values + name.endswith("weight"))  # weights of norms stay around one
 
 
 def small_dit(seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> DiT:

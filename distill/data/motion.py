@@ -20,7 +20,7 @@ Array = NDArray[np.float32]
 SAMPLE_RATE, VIDEO_RATE, PAST_SAMPLES, PAST_FRAMES = 16000, 24, 24000, 36
 WINDOW = 1024  # samples of sound behind a frame's level, 64 ms
 FLOOR_DB, RANGE_DB = -42.0, 31.0  # speech at RMS 0.1 (-20 dB) swings from about -40 to -12 dB from frame to frame
-MOUTH_TAPS = (0.55, 0.30, 0.15)  # current video frame and two past ones
+MOUTH_TAPS = (0.30, 0.30, 0.20, 0.12, 0.08)  # current video frame and four past ones: what 4-frame latents can carry
 NOD_DELAY, NOD_FAST, NOD_SLOW, NOD_GAIN = 8, 11, 25, 3.6  # frames; the slowest tap is 8 + 24 = 32 frames (1.33 s) back
 FADE = 4  # frames over which the amplitudes of a new state fade in
 
@@ -132,7 +132,7 @@ def mouth(speak: Array, frames: int) -> tuple[Array, Array]:
     loud = level(speak, frames)
     taps = np.array(MOUTH_TAPS, dtype=np.float32)
     wide = _filter(_balance(speak, frames) * np.minimum(1.0, 3.0 * loud), taps)
-    return np.clip(_filter(loud, taps) ** 1.3, 0.0, 1.0), np.clip(wide, -1.0, 1.0)
+    return np.clip(1.2 * _filter(loud, taps) - 0.08, 0.0, 1.0) ** 1.2, np.clip(1.2 * wide, -1.0, 1.0)
 
 
 def nod(listen: Array, frames: int) -> Array:

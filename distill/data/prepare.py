@@ -37,7 +37,7 @@ from teacher.conditions import encode_text
 SPLITS = ("train", "validation", "test")
 REFERENCES = 3
 CLIPS_AT_ONCE = 16
-CODEC_CLIPS = 96  # train clips that the PCA is fitted on
+CODEC_CLIPS = 160  # train clips that the PCA is fitted on
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class PrepareConfig:
     test_clips: int = 1
     clip_frames: int = 48
     size: int = 64
-    channels: int = 24
+    channels: int = 32
     codec: str = ""  # folder of an existing codec; empty fits one on train frames
     mix: tuple[float, ...] = (0.4, 0.25, 0.15, 0.2)  # speak, listen, silence, switching
     held_out_mix: tuple[float, ...] = (0.3, 0.3, 0.25, 0.15)  # validation and test

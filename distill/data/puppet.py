@@ -46,7 +46,7 @@ LIP, INSIDE, TEETH, TONGUE = (0.80, 0.14, 0.20), (0.13, 0.02, 0.11), (0.98, 0.98
 
 
 def sample_identities(n: int, seed: int, split: str) -> Tensor:
-    """n characters [n, 16]; every parameter is stratified over its range so that even a few characters differ widely."""
+    """n characters [n, 16]; every parameter is stratified over its range, so few characters differ widely."""
     salt = sum(ord(letter) * 257**place for place, letter in enumerate(split)) % (2**31)
     generator = torch.Generator().manual_seed((seed * 1_000_003 + salt) % (2**63))
     strata = torch.stack([torch.randperm(n, generator=generator) for _ in IDENTITY], dim=1)  # [n, 16]
@@ -70,8 +70,8 @@ def render(identity: Tensor, motion: Tensor, size: int = 64) -> Tensor:
 def _soften(image: Tensor) -> Tensor:
     """Gaussian blur of one output pixel, the lens in front of the sensor: [N, 3, S, S] -> same.
 
-    Edges of one pixel cost the linear codec 6 dB at 64 px (24 dB without, 30 dB with, at 24 channels); at 256 px the blur
-    is not seen.
+    Edges of one pixel cost the linear codec 6 dB at 64 px (24 dB without, 30 dB with, at 24 channels); at 256 px the
+    blur is not seen.
     """
     taps = torch.exp(-0.5 * (torch.arange(-3, 4) / LENS_PIXELS) ** 2)
     taps = (taps / taps.sum()).expand(3, 1, 1, 7)
@@ -265,7 +265,9 @@ class _Puppet:
         radius = (0.70 * wide)[:, None, None]
         glow = (0.80 + 0.45 * (iris_y / radius).clamp(-0.4, 1.0))[:, None]
         canvas.paint(window, open_eye * canvas.soft(round_iris - radius), iris[:, :, None, None] * glow)
-        canvas.paint(window, open_eye * canvas.soft(round_iris - 0.46 * radius), _constant((0.05, 0.04, 0.06), self.batch))
+        canvas.paint(
+            window, open_eye * canvas.soft(round_iris - 0.46 * radius), _constant((0.05, 0.04, 0.06), self.batch)
+        )
         shine = torch.sqrt((iris_x + 0.026) ** 2 + (iris_y + 0.030) ** 2) - 0.026
         canvas.paint(window, open_eye * canvas.soft(shine), _constant((1.0, 1.0, 1.0), self.batch))
 
