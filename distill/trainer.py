@@ -60,7 +60,8 @@ class Trainer:
         self.optimizers = {r: engine.optimizer(roles.models[r], recipe.optimizer[r]) for r in self.trained}
         self.ema = EMA(roles.models[self.product], recipe.train.ema, recipe.train.ema_start)
         self.step, self.skipped = 0, 0
-        self.skipped_in_row = dict.fromkeys(self.trained, 0)  # a healthy critic must not hide a student that stands still
+        # Counted per role: a healthy critic must not hide a student that stands still.
+        self.skipped_in_row = dict.fromkeys(self.trained, 0)
 
     # ---- the loop -----------------------------------------------------------------------------------------
 
@@ -155,8 +156,8 @@ class Trainer:
             del logs[name]
         if self.skipped_in_row[role] >= self.recipe.train.max_nonfinite:
             raise UserError(
-                f"Stopped at step {step}: {self.skipped_in_row[role]} updates of the {role} in a row were not finite; lower "
-                f"optimizer.{role}.lr or look at the last samples in {self.run.samples}.",
+                f"Stopped at step {step}: {self.skipped_in_row[role]} updates of the {role} in a row were not finite; "
+                f"lower optimizer.{role}.lr or look at the last samples in {self.run.samples}.",
                 ExitCode.NUMERICS,
             )
 
@@ -175,7 +176,7 @@ class Trainer:
             state["ema"] = self.ema.state()
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
             meta = describe(self.recipe, self.step, self.parent, self.source.fingerprint, finite)
-            progress = {"step": self.step, "skipped": self.skipped, "skipped_in_row": self.skipped_in_row}
+            progress = {"step": self.step, "skipped": self.skipped, "in_row": self.skipped_in_row}
             folder = checkpoint.save(
                 self.run.checkpoints, self.step, state, meta, self.recipe.train.keep, progress=progress
             )
@@ -194,7 +195,7 @@ class Trainer:
             checkpoint.unpack_optimizer(self.optimizers[role], model.named_parameters(), packed)
         self.ema.load(checkpoint.load(found.path, "ema"))
         self.step, self.skipped = found.progress["step"], found.progress["skipped"]
-        self.skipped_in_row = found.progress["skipped_in_row"]
+        self.skipped_in_row |= found.progress.get("in_row", {})
 
     def averaged_roles(self) -> Roles:
         """The roles with the product's averaged weights in a copy, for samples and scores."""

@@ -20,7 +20,8 @@ from evaluation.outlines import coolness, darkness, hanging, span
 
 HEAD_REACH, PARALLAX, MAX_ROLL = (0.105, 0.125), 0.30, math.radians(10.0)
 HEAD_Y, HAIR_TOP, EYE_Y, OPENING = -0.02, -0.84, -0.10, 0.40
-EXPRESSION_CENTERS = ((0.0, 0.0), (0.75, 0.15), (-0.75, -0.35), (0.0, 0.85))  # (smile, brow) by label
+EXPRESSION_CENTERS = ((0.0, 0.0), (0.62, 0.15), (-0.62, -0.35), (0.0, 0.85))  # (smile, brow) by label, as they read
+BROW_SHARE = 0.7  # of brow against smile: brows sway more
 GLINT = 0.008  # the highlight at the upper left moves the dark part of the iris this far right
 SMILE_REST, BROW_REST = -0.12, 0.04  # what the fitted outlines read on a neutral face
 EYE_REST = 0.007  # the centroid of an open eye lies this far above the eye line
@@ -284,8 +285,8 @@ IDENTITY_MEAN = (
     0.68, 0.57, 0.241, 0.114, 0.093,
 )  # fmt: skip
 IDENTITY_STD = (
-    0.14, 0.156, 0.167, 0.265, 0.24, 0.236, 0.10, 0.09, 0.17, 0.28, 0.206, 0.17, 0.147, 0.12, 0.168,
-    0.053, 0.139, 0.020, 0.025, 0.021,
+    0.14, 0.156, 0.167, 0.265, 0.24, 0.236, 0.13, 0.12, 0.20, 0.28, 0.206, 0.17, 0.147, 0.12, 0.168,
+    0.053, 0.139, 0.022, 0.040, 0.024,
 )  # fmt: skip
 
 
@@ -313,6 +314,7 @@ def measure(frames: Tensor) -> Tracks:
     seen = _eye_seen(masks) * (1.0 - 1.6 * blink.clamp(0.0, 1.0)).clamp(min=0.0).flatten()
     shift, space = _gaze(masks, lights, columns)
     shift, space = _hold(shift, seen, clips), _hold(space, seen, clips)
+    gaze = (shift / 0.066).clamp(-1.2, 1.2)  # the corners of the eye cover a far-turned iris: the cubic undoes it
     iris = _hold(_iris(image, face, space, shift), seen, clips)
     hair = _median(_sample(image, place, span(-0.22, 0.22, 0.04), span(-0.77, -0.67, 0.03)))
     height, width = image.shape[-2:]
@@ -337,7 +339,7 @@ def measure(frames: Tensor) -> Tracks:
         head_x=track(place.x) / HEAD_REACH[0],
         head_y=track(place.y) / HEAD_REACH[1],
         roll=track(place.roll) / MAX_ROLL,
-        gaze_x=track(shift) / 0.066,
+        gaze_x=track(gaze * (0.82 + 0.43 * gaze**2)),
         blink=blink,
         smile=track(smile),
         brow=track(brow) + BROW_REST,
@@ -348,8 +350,9 @@ def measure(frames: Tensor) -> Tracks:
 def classify(tracks: Tracks) -> Tensor:
     """Caption labels [N, 3] (expression, gaze, pose) that the clips show on average."""
     shown = torch.stack([tracks.smile.mean(1), tracks.brow.mean(1)], dim=1)  # [N, 2]
+    share = torch.tensor([1.0, BROW_SHARE], device=shown.device)
     centers = torch.tensor(EXPRESSION_CENTERS, device=shown.device)
-    expression = torch.cdist(shown, centers).argmin(dim=1)
+    expression = torch.cdist(shown * share, centers * share).argmin(dim=1)
 
     def side(values: Tensor, threshold: float) -> Tensor:  # 0 middle, 1 left (negative), 2 right
         middle = values.median(dim=1).values

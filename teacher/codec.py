@@ -68,40 +68,6 @@ class PCACodec(nn.Module):
         std = (centered @ basis).square().mean(0).clamp_min(1e-12).sqrt()
         return cls(mean, basis, std.sqrt() * std.mean().sqrt())
 
-    def encode(self, frames: Tensor) -> Tensor: ...
-
-    def decode(self, latents: Tensor) -> Tensor: ...
-
-    def encode_image(self, image: Tensor) -> Tensor: ...
-
-
-class PCACodec(nn.Module):
-    """Linear codec: `latent = (block - mean) @ basis / scale`."""
-
-    mean: Tensor  # [768]
-    basis: Tensor  # [768, C], orthonormal columns
-    scale: Tensor  # [C]
-
-    def __init__(self, mean: Tensor, basis: Tensor, scale: Tensor):
-        super().__init__()
-        self.channels = basis.shape[1]
-        self.register_buffer("mean", mean.float())
-        self.register_buffer("basis", basis.float())
-        self.register_buffer("scale", scale.float())
-
-    @classmethod
-    def fit(cls, frames: Tensor, channels: int = 24) -> PCACodec:
-        """Fit on `frames` [N, F, 3, H, W] in [0, 1]."""
-        blocks = _to_blocks(frames.float()).reshape(-1, _block_size()).double()
-        mean = blocks.mean(0)
-        covariance = (blocks - mean).T @ (blocks - mean) / len(blocks)
-        variance, vectors = torch.linalg.eigh(covariance)
-        basis = vectors.flip(1)[:, :channels]
-        # The sign of an eigenvector is arbitrary; fixing it keeps latents comparable between fits.
-        basis = basis * torch.sign(basis.sum(0) + 1e-12)
-        std = variance.flip(0)[:channels].clamp_min(1e-12).sqrt()
-        return cls(mean, basis, std.sqrt() * std.mean().sqrt())
-
     def encode(self, frames: Tensor) -> Tensor:
         """[B, F, 3, H, W] in [0, 1] -> [B, F/4, C, H/8, W/8]. F must divide by 4, H and W by 8."""
         if frames.shape[1] % STRIDE[0] or frames.shape[3] % STRIDE[1] or frames.shape[4] % STRIDE[2]:

@@ -6,6 +6,7 @@ equalities of the mathematics then hold to 1e-10.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -104,6 +105,10 @@ def small_roles(stream: StreamConfig, models: dict[str, nn.Module] | None = None
         "student": small_student(stream, 3),
     }
     return Roles({**known, **(models or {})}, stream, small_codec(), key=(0, 0, 1, 0, 0), **changes)
+
+
+def at_step(roles: Roles, step: int, rank: int = 0) -> Roles:
+    return replace(roles, key=(0, rank, step, 0, 0))
 
 
 def gradients(module: nn.Module) -> list[Tensor | None]:

@@ -1,4 +1,4 @@
-"""The causal student: cache against mask, chunk 3 against chunk 30, nothing from the future, nothing written in place."""
+"""The causal student: cache against mask, chunk 3 against chunk 30, nothing of the future, nothing in place."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def times(frames: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("history", ["clean", "noisy", "own"])
 @pytest.mark.parametrize("present", [(1, 1), (1, 0), (0, 0)])
-@pytest.mark.parametrize(("chunk", "sink", "window", "chunks"), [(1, 1, 3, 5), (2, 1, 2, 4), (3, 0, 2, 3), (2, 2, 0, 3)])
+@pytest.mark.parametrize(
+    ("chunk", "sink", "window", "chunks"), [(1, 1, 3, 5), (2, 1, 2, 4), (3, 0, 2, 3), (2, 2, 0, 3)]
+)
 def test_cached_rollout_equals_full_forward(
     chunk: int, sink: int, window: int, chunks: int, present: tuple[int, int], history: str
 ) -> None:
@@ -138,7 +140,9 @@ def test_pushing_leaves_older_caches_as_they_were() -> None:
         cache = model.remember(latents(2, seed=seed), t, one, cache)
     assert old.seen == 3 and torch.equal(model.velocity(latents(2), t, one, old), before)
     held = [pair for chunk in old.visible for pair in chunk]
-    assert all(torch.equal(a, b) for pair, copy in zip(held, copies, strict=True) for a, b in zip(pair, copy, strict=True))
+    assert all(
+        torch.equal(a, b) for pair, copy in zip(held, copies, strict=True) for a, b in zip(pair, copy, strict=True)
+    )
 
 
 def test_memory_is_bounded_and_forgotten_chunks_are_freed() -> None:

@@ -80,7 +80,9 @@ class Branches(DiT):
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditions, refs: list[list[KV]] | None = None) -> Tensor:
         silent = bool((cond.speak == SILENCE).all() and (cond.listen == SILENCE).all())
-        branch = {(False, True): "full", (True, True): "text", (True, False): "none"}[silent, bool(cond.text_mask.any())]
+        branch = {(False, True): "full", (True, True): "text", (True, False): "none"}[
+            silent, bool(cond.text_mask.any())
+        ]
         self.asked.append(branch)
         assert cond.ref_mask.all(), "references are kept in every branch"
         return torch.full_like(x, {"full": 7.0, "text": 3.0, "none": 1.0}[branch])
