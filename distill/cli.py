@@ -19,6 +19,7 @@ COMMANDS = {
     "online-lpm": "the whole path: data, teacher, stages 1-4, export, evaluation, report; does only what is missing",
     "data": "prepare the data set: speech, characters, latents",
     "teacher": "train the teacher from nothing by flow matching",
+    "keep": "put the teacher of a run where the repository keeps one",
     "trajectories": "store the teacher's sampling trajectories for stage 1",
     "stage1": "causal initialization by ODE regression on the trajectories",
     "stage2": "off-policy distribution matching on re-noised teacher latents",

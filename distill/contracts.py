@@ -17,6 +17,7 @@ from student.causal_dit import CausalDiT, StreamConfig
 from teacher.codec import PCACodec
 from teacher.conditions import Conditions
 from teacher.dit import DiT
+from teacher.embedder import IdentityEmbedder
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Roles:
     models: dict[str, nn.Module]
     stream: StreamConfig
     codec: PCACodec
-    embedder: nn.Module | None = None
+    embedder: IdentityEmbedder | None = None
     trajectories: Any = None
     key: tuple[int | str, ...] = (0, 0)  # (seed, rank, step, micro-step, phase), set by the trainer
 

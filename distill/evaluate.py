@@ -39,6 +39,7 @@ from evaluation.statistics import exactly
 from student.causal_dit import CausalDiT
 from teacher.codec import PCACodec
 from teacher.dit import DiT
+from teacher.sampler import evaluations
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,10 @@ class Bench:
         self.codec: PCACodec = self.test.codec()
         rows = torch.arange(min(config.clips, len(self.test)))
         self.batch: Batch = self.test.all().select(rows)
-        self.truth = self._truth(rows)
+        self.truth = truth_of(self.batch, self.codec)
         self.tracks = measure(self.truth.frames)
         self.case, self.speak, self.listen = dataset.stream_case(data, config.stream_characters, config.stream_seconds)
-        stills = self._stills(self.case)
-        self.stream_refs, self.stream_mask = stills, self.case.cond.ref_mask
+        self.stream_refs, self.stream_mask = stills(self.case, self.codec), self.case.cond.ref_mask
 
     def measure(self, row: Row) -> tuple[Values, Drift | None]:
         """Scores of a row, from its cache where weights and settings are the same."""
@@ -111,24 +111,6 @@ class Bench:
             parts.append((self.codec.decode(self.codec.encode(frames)) * 255).round().to(torch.uint8))
         return torch.cat(parts, 1)
 
-    def _truth(self, rows: Tensor) -> Truth:
-        batch = self.batch
-        return Truth(
-            frames=decode(self.codec, self.batch.latents),
-            references=self._stills(batch),
-            reference_mask=batch.cond.ref_mask,
-            state=batch.state.long(),
-            driven_mouth=batch.driven_mouth,
-            driven_nod=batch.driven_nod,
-            labels=batch.labels,
-            character=batch.identity,
-        )
-
-    def _stills(self, batch: Batch) -> Tensor:
-        """Reference images as the networks get them, [N, R, 3, S, S]."""
-        shape = batch.cond.refs.shape[:2]
-        return self.codec.decode(batch.cond.refs.flatten(0, 1)[:, None])[:, 0].unflatten(0, shape)
-
     def _another_draw(self) -> Tensor:
         """The same characters and audio with other idle motion: latents of a second sample from the data."""
         speak, listen = self.test.waves(self.batch.index)
@@ -147,6 +129,27 @@ class Bench:
         return Drift(**load_values(path)) if path.is_file() else None
 
 
+def truth_of(batch: Batch, codec: PCACodec) -> Truth:
+    """What clips of this batch are held against."""
+    assert batch.latents is not None
+    return Truth(
+        frames=decode(codec, batch.latents),
+        references=stills(batch, codec),
+        reference_mask=batch.cond.ref_mask,
+        state=batch.state.long(),
+        driven_mouth=batch.driven_mouth,
+        driven_nod=batch.driven_nod,
+        labels=batch.labels,
+        character=batch.identity,
+    )
+
+
+def stills(batch: Batch, codec: PCACodec) -> Tensor:
+    """Reference images as the networks get them, [N, R, 3, S, S]."""
+    shape = batch.cond.refs.shape[:2]
+    return codec.decode(batch.cond.refs.flatten(0, 1)[:, None])[:, 0].unflatten(0, shape)
+
+
 def teacher_rows(bench: Bench, teacher: DiT, source: str, student_steps: int) -> list[Row]:
     """The teacher as it is meant to be sampled, and at the student's number of steps."""
     config, channels = bench.config, teacher.config.channels
@@ -159,7 +162,8 @@ def teacher_rows(bench: Bench, teacher: DiT, source: str, student_steps: int) ->
         def play(generate: Generate = generate) -> Tensor:
             return teacher_stream(generate, bench.codec, streamed, config, clip)
 
-        rows.append(Row(name, source, steps * config.guidance.evaluations, generate, play))
+        cost = evaluations(config.sampler, steps) * config.guidance.evaluations
+        rows.append(Row(name, source, cost, generate, play))
     return rows
 
 
@@ -177,7 +181,9 @@ def data_row(bench: Bench) -> Row:
     return Row("data", bench.codec.fingerprint(), 0, None, bench.data_stream)
 
 
-def measure_all(bench: Bench, rows: list[Row], say: Callable[[str], None]) -> tuple[dict[str, Values], dict[str, Drift]]:
+def measure_all(
+    bench: Bench, rows: list[Row], say: Callable[[str], None]
+) -> tuple[dict[str, Values], dict[str, Drift]]:
     """All rows, with the time of each."""
     values: dict[str, Values] = {}
     drifts: dict[str, Drift] = {}

@@ -1,4 +1,5 @@
-"""Online LPM: the backbone of stage 3, the refiner of stage 4 and the codec, in one folder with a card and a manifest.
+"""Online LPM: the backbone of stage 3, the refiner of stage 4 and the codec, in one folder with a card and a manifest;
+and the teacher as the repository keeps it.
 
 The export is verified by loading it back and comparing a forward of each network with the original's.
 """
@@ -23,7 +24,7 @@ from teacher.conditions import AUDIO_PER_LATENT, PAST, SILENCE, TEXT_LENGTH, Con
 def export(recipe: Recipe, backbone: Manifest, refiner: Manifest, codec: PCACodec, folder: Path) -> Path:
     """Write the folder of a finished run; `recipe` is that of stage 4."""
     nets = {"backbone": network(recipe.model, backbone, "ema"), "refiner": network(recipe.model, refiner, "ema")}
-    online = OnlineLPM(*(CausalDiT(net, recipe.student) for net in nets.values()), codec)
+    online = OnlineLPM(CausalDiT(nets["backbone"], recipe.student), CausalDiT(nets["refiner"], recipe.student), codec)
     size = 4 * sum(p.numel() for p in online.parameters())
     meta = describe(recipe, refiner.step, refiner, refiner.data.get("data_fingerprint"))
     with checkpoint.committed(folder, {**meta, "stage": "online-lpm"}, size) as temporary:
@@ -33,14 +34,24 @@ def export(recipe: Recipe, backbone: Manifest, refiner: Manifest, codec: PCACode
     return folder
 
 
+def keep_teacher(trained: Manifest, codec: PCACodec, folder: Path) -> Path:
+    """A trained teacher as the repository keeps it: averaged weights in fp16 and the codec, with their manifest."""
+    weights = {name: tensor.half() for name, tensor in checkpoint.load(trained.path, "ema").items()}
+    meta = {key: value for key, value in trained.data.items() if key != "files"}
+    with checkpoint.committed(folder, meta, sum(2 * tensor.numel() for tensor in weights.values())) as temporary:
+        checkpoint.write_tensors(temporary / "ema", weights)
+        codec.save(temporary / "codec")
+    return folder
+
+
 def card(recipe: Recipe, refiner: Manifest) -> str:
     """The model card, made from the lineage."""
     stream = recipe.student
     seconds = stream.chunk_frames / 6
     return f"""# Online LPM ({recipe.scale})
 
-A causal, few-step, streaming student: {len(stream.steps) - 1} backbone evaluations and 1 refiner evaluation per chunk of
-{seconds:g} s, no guidance, {stream.sink_chunks} sink and {stream.window_chunks} window chunks of history.
+A causal, few-step, streaming student: {len(stream.steps) - 1} backbone evaluations and 1 of the refiner per chunk
+of {seconds:g} s, no guidance, {stream.sink_chunks} sink and {stream.window_chunks} window chunks of history.
 
 ```python
 from student.online import OnlineLPM

@@ -20,6 +20,7 @@ from evaluation.scores import load_values
 from evaluation.video import contact_sheet, mp4_bytes, png_bytes, side_by_side
 
 FILMED = {"speaking": 1, "listening": 2}  # state of the clip that is filmed
+SHOWN = ("data", "teacher", "teacher_few_step", "undistilled", "stage3", "online_lpm")  # rows in pictures and films
 PAST_SAMPLES = 24000  # 1.5 s before the first frame
 
 
@@ -54,13 +55,14 @@ def _losses(stage: Path) -> list[Chart]:
 
 def _figures(bench: Bench, rows: list[str]) -> list[Figure]:
     """A contact sheet of three clips, and one film per state with all rows side by side."""
-    shown = [row for row in ("data", "teacher", "teacher_few_step", "undistilled", "stage3", "online_lpm") if row in rows]
+    shown = [row for row in SHOWN if row in rows]
     clips: dict[str, Tensor] = {row: bench.latents(row) for row in shown}
     chosen = [_first(bench, state) for state in FILMED.values()]
     sheet = [(row, decode(bench.codec, clips[row][i : i + 1])[0]) for i in chosen for row in shown]
-    figures = [Figure("Contact sheet", "Same character, same audio; time runs to the right.", png_bytes(contact_sheet(sheet)), "png")]
+    caption = "Same character, same audio; time runs to the right."
+    figures = [Figure("Contact sheet", caption, png_bytes(contact_sheet(sheet)), "png")]
     for (name, _), index in zip(FILMED.items(), chosen, strict=True):
-        panels = {row: decode(bench.codec, clips[row][index : index + 1])[0] for row in shown}
+        panels: dict[str, Tensor] = {row: decode(bench.codec, clips[row][index : index + 1])[0] for row in shown}
         wave = _heard(bench.test, bench, index)
         film = mp4_bytes(side_by_side(panels, scale=3), wave, scale=1)
         figures.append(Figure(name.capitalize(), f"{bench.test.captions[index]}", film, "mp4"))

@@ -1,8 +1,8 @@
 """The contract of rollouts, and the off-policy ones: samples that do not come from the student's own past.
 
 `data`      the clean clips themselves; no network runs.
-`teacher`   states of stored teacher ODE trajectories at the student's step times -> its x0, with the trajectory's end as
-            target (causal ODE regression; CausVid, arXiv 2412.07772).
+`teacher`   states of stored teacher ODE trajectories at the student's step times -> its x0, with the trajectory's end
+            as target (causal ODE regression; CausVid, arXiv 2412.07772).
 `renoised`  the trajectory's end, noised afresh -> the student's x0 (off-policy distribution matching).
 
 The history given to a chunk is the trajectory's own end, at the stream's history noise. On-policy rollouts live in

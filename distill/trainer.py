@@ -36,7 +36,8 @@ class Source(Protocol):
     def sample(self, batch_size: int, generator: torch.Generator) -> Batch: ...
 
 
-Sampler = Callable[[int, Roles], dict[str, float]]  # (step, roles with averaged weights) -> scalars for the log
+# (step, roles with averaged weights) -> scalars and pictures [H, W, 3] uint8 for the curves
+Sampler = Callable[[int, Roles], tuple[dict[str, float], dict[str, Tensor]]]
 
 
 class Trainer:
@@ -66,7 +67,7 @@ class Trainer:
     # ---- the loop -----------------------------------------------------------------------------------------
 
     def fit(self, sampler: Sampler | None = None) -> Path:
-        """Train to the last step, from the newest whole checkpoint on if there is one; returns the final checkpoint."""
+        """Train to the last step, from the newest whole checkpoint if there is one; returns the final checkpoint."""
         self.resume()
         train, steps = self.recipe.train, self.recipe.train.steps
         description = f"{self.recipe.name} ({self.recipe.stage})"
@@ -76,7 +77,7 @@ class Trainer:
             StopSignal(self.run.say) as stop,
         ):
             if sampler is not None and self.step == 0:
-                tracker.event(0, sampler(0, self.averaged_roles()))
+                self.show(sampler, tracker)
             while self.step < steps:
                 step = self.step + 1
                 logs: dict[str, float | Tensor] = {}
@@ -87,12 +88,21 @@ class Trainer:
                 tracker.log(step, logs)
                 self.run.note(step=step)
                 if sampler is not None and (step % train.sample_every == 0 or step == steps):
-                    tracker.event(step, sampler(step, self.averaged_roles()))
+                    self.show(sampler, tracker)
                 if step % train.save_every == 0 or step == steps or stop.requested:
                     saved = self.save({name: float(value) for name, value in logs.items()})
                 if stop.requested and step < steps:
                     raise stop.error(step)
         return saved or self.run.checkpoints / f"step_{self.step:08d}"
+
+    def show(self, sampler: Sampler, tracker: Tracker) -> None:
+        """Sample with the averaged weights; gauges and pictures go to the log and to TensorBoard."""
+        scalars, images = sampler(self.step, self.averaged_roles())
+        tracker.event(self.step, scalars)
+        for tag, image in images.items():
+            tracker.image(tag, self.step, image)
+        shown = ", ".join(f"{name.rpartition('/')[2]} {value:.3f}" for name, value in scalars.items())
+        self.run.say(f"step {self.step}: {shown}")
 
     def update(self, step: int, index: int, phase: Phase) -> dict[str, float | Tensor]:
         """One optimizer step of one role."""

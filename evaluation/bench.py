@@ -20,7 +20,7 @@ from teacher.conditions import Conditions
 from teacher.dit import DiT
 from teacher.flow import schedule
 from teacher.guidance import Guidance, guided_velocity
-from teacher.sampler import euler
+from teacher.sampler import SAMPLERS
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class BenchConfig:
     """How the rows of the table are made."""
 
     teacher_steps: int = 50
+    sampler: str = "euler"  # or heun
     shift: float = 3.0
     text: float = 2.0  # guidance of the teacher
     audio: float = 2.0
@@ -42,6 +43,9 @@ class BenchConfig:
         if min(self.teacher_steps, self.batch_size, self.clips, self.stream_characters) < 1:
             raise ValueError("teacher_steps, batch_size, clips and stream_characters must be at least 1")
 
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler {self.sampler!r} must be one of {', '.join(SAMPLERS)}")
+
     @property
     def guidance(self) -> Guidance:
         return Guidance(self.text, self.audio)
@@ -51,7 +55,7 @@ Generate = Callable[[Conditions, torch.Generator], Tensor]  # conditions of some
 
 
 def teacher_sampler(teacher: DiT, config: BenchConfig, steps: int, channels: int) -> Generate:
-    """The guided Euler sampler with `steps` steps."""
+    """The guided sampler with `steps` steps."""
 
     @torch.no_grad()
     def generate(cond: Conditions, generator: torch.Generator) -> Tensor:
@@ -59,7 +63,8 @@ def teacher_sampler(teacher: DiT, config: BenchConfig, steps: int, channels: int
         noise = torch.randn(shape, generator=generator)
         refs = teacher.encode_refs(cond)
         times = schedule(steps, config.shift)
-        return euler(lambda x, t: guided_velocity(teacher, x, t, cond, config.guidance, refs), noise, times)[-1]
+        sample = SAMPLERS[config.sampler]
+        return sample(lambda x, t: guided_velocity(teacher, x, t, cond, config.guidance, refs), noise, times)[-1]
 
     return generate
 

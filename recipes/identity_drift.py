@@ -1,4 +1,4 @@
-"""Identity-drift regularization: keep the generated face where its references are, and late chunks where early ones were.
+"""Identity-drift regularization: keep the face where its references are, and late chunks where early ones were.
 
 With s_i the similarity of chunk i to the pool of references (soft maximum over the images, seen through a frozen
 embedder):
@@ -41,7 +41,7 @@ def term(roll: Roll, roles: Roles, cfg: Config) -> Term:
         pool = embedder(roll.cond.refs)  # [B, R, E]
     similarity = reference_similarity(embedder(roll.x0), pool, roll.cond.ref_mask, cfg.temperature)  # [B, T]
     chunks = rearrange(similarity, "b (i k) -> b i k", k=roles.stream.chunk_frames).mean(-1)  # [B, chunks]
-    anchor = (embedder.natural - chunks).relu().mean()
+    anchor = (float(embedder.natural) - chunks).relu().mean()
     drift = (chunks[:, :1].detach() - chunks - cfg.margin).relu().mean()
     return Term(cfg.anchor * anchor + cfg.drift * drift, {"similarity": similarity.mean(), "drift": drift})
 

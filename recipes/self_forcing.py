@@ -6,8 +6,8 @@
 `refine`  the same for the refiner: drafts come from the frozen backbone under its own noisy history, are re-noised to
           the last step and refined in one evaluation under the refiner's own clean history.
 
-Rollouts longer than the data's clip hear the clip's audio and then that of other clips: the conditions change in mid-run,
-as they do in a conversation.
+Rollouts longer than the data's clip hear other clips of the batch first and their own clip last: the conditions change
+in mid-run, as they do in a conversation.
 """
 
 from __future__ import annotations

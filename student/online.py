@@ -1,7 +1,7 @@
 """Online LPM: backbone, refiner and codec in one folder, ready to stream.
 
-folder/ config.json, backbone.safetensors, refiner.safetensors, codec.safetensors  (+ README.md and manifest.json, written
-by the export). No pickle anywhere.
+folder/ config.json, backbone.safetensors, refiner.safetensors, codec.safetensors  (+ README.md and manifest.json,
+written by the export). No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from student.causal_dit import CausalDiT, StreamConfig
 from student.stream import stream
 from teacher.codec import PCACodec
 from teacher.conditions import Conditions
-from teacher.dit import DiT, DiTConfig
+from teacher.dit import DiT, config_from
 
 
 class OnlineLPM(nn.Module):
@@ -57,12 +57,10 @@ class OnlineLPM(nn.Module):
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} holds no Online LPM: config.json is missing; make one with `make export`.")
         config = json.loads((folder / "config.json").read_text())
-        model, told = (
-            {k: tuple(v) if isinstance(v, list) else v for k, v in config[part].items()} for part in ("model", "stream")
-        )
+        told = StreamConfig(**{**config["stream"], "steps": tuple(config["stream"]["steps"])})
         nets = []
         for name in ("backbone", "refiner"):
-            dit = DiT(DiTConfig(**model))
+            dit = DiT(config_from(config["model"]))
             dit.load_state_dict(load_file(folder / f"{name}.safetensors"))
-            nets.append(CausalDiT(dit, StreamConfig(**told)))
+            nets.append(CausalDiT(dit, told))
         return cls(nets[0], nets[1], PCACodec.load(folder))

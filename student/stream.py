@@ -1,7 +1,7 @@
 """Streaming, chunk by chunk: the one loop that training rollouts, evaluation and the live student share.
 
-A chunk starts as noise (or as a re-noised draft, for the refiner), is denoised in a few x0 / re-noise steps, and is then
-run once more, at the history's noise level, to write its keys and values.
+A chunk starts as noise (or as a re-noised draft, for the refiner), is denoised in a few x0 / re-noise steps, and is
+then run once more, at the history's noise level, to write its keys and values.
 
 cond of the chunk [audio of K frames + past], cache  ->  x0 [B, K, C, H, W], next cache
 """
@@ -69,6 +69,10 @@ def stream(
     """
     config = backbone.stream
     size = config.chunk_frames
+    if cond.num_frames % size:
+        raise ValueError(
+            f"A stream is made of whole chunks of {size} latent frames, the audio covers {cond.num_frames}: pad it."
+        )
     blank = cond.refs.new_zeros(len(cond.refs), size, *cond.refs.shape[2:])
     draft_cache = backbone.start(cond)
     final_cache = refiner.start(cond) if refiner is not None else None

@@ -1,1 +1,1 @@
-"""The bidirectional video diffusion transformer that is distilled: flow time, attention, DiT, conditions, codec, sampler."""
+"""The bidirectional video diffusion transformer that is distilled: DiT, conditions, codec, guidance, samplers."""

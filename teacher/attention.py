@@ -24,7 +24,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     # On a CPU the backward pass of SDPA is about seven times slower in bf16 than in fp32 (torch 2.13).
     compute = torch.float32 if q.device.type == "cpu" and q.dtype == torch.bfloat16 else q.dtype
     with torch.autocast(q.device.type, enabled=False):
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2).to(compute) for x in (q, k, v)), attn_mask=mask)
+        heads_first = [x.transpose(1, 2).to(compute) for x in (q, k, v)]
+        out = F.scaled_dot_product_attention(heads_first[0], heads_first[1], heads_first[2], attn_mask=mask)
     return out.transpose(1, 2).to(q.dtype)
 
 

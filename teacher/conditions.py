@@ -52,7 +52,9 @@ class Conditions:
     def to(self, device: torch.device | str) -> Conditions:
         return Conditions(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
-    def drop(self, text: Tensor | bool = False, audio: Tensor | bool = False, refs: Tensor | bool = False) -> Conditions:
+    def drop(
+        self, text: Tensor | bool = False, audio: Tensor | bool = False, refs: Tensor | bool = False
+    ) -> Conditions:
         """Drop modalities, for all items (True) or per item ([B] bool): silence, empty text, no references."""
         silence = torch.full_like(self.speak, SILENCE)
         audio_off = _per_item(audio, self.speak)

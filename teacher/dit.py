@@ -10,6 +10,7 @@ x [B, T, C, H, W], t [B] or [B, T], Conditions  ->  v [B, T, C, H, W]
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -45,6 +46,12 @@ class DiTConfig:
             raise ValueError(f"model.dim {self.dim} must be an even multiple of model.heads {self.heads}.")
         if max(self.speak_window, self.listen_window) > PAST + 1:
             raise ValueError(f"model.speak_window and listen_window reach back {PAST + 1} latent frames at most.")
+
+
+def config_from(values: dict[str, Any]) -> DiTConfig:
+    """The configuration back from JSON, where tuples have become lists."""
+    read: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return DiTConfig(**read)
 
 
 class DiT(nn.Module):

@@ -1,6 +1,6 @@
-"""Samplers of the teacher: Euler and Heun on the probability-flow ODE, and the few-step re-noising sampler.
+"""Samplers of the teacher: Euler and Heun on the probability-flow ODE.
 
-All take a velocity function `(x, t [B]) -> v`, start from noise `x` [B, T, C, H, W] and go down float64 `times`
+Both take a velocity function `(x, t [B]) -> v`, start from noise `x` [B, T, C, H, W] and go down float64 `times`
 from 1 to 0. A trajectory is the list of states at every time, the first being the noise itself.
 """
 
@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
-
-from teacher.flow import add_noise, x0_from_v
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
@@ -41,13 +38,6 @@ def heun(velocity: Velocity, x: Tensor, times: Tensor) -> list[Tensor]:
 SAMPLERS = {"euler": euler, "heun": heun}
 
 
-def few_step(velocity: Velocity, x: Tensor, steps: list[float], generator: torch.Generator) -> Tensor:
-    """x0 prediction, fresh noise down to the next time, and again: the distilled sampler, `len(steps)` evaluations."""
-    for index, time in enumerate(steps):
-        t = torch.full((len(x),), time, dtype=torch.float64, device=x.device)
-        x0 = x0_from_v(x, velocity(x, t), t)
-        if index + 1 == len(steps):
-            return x0
-        eps = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        x = add_noise(x0, eps, torch.full_like(t, steps[index + 1]))
-    raise ValueError("The few-step sampler needs at least one step.")
+def evaluations(sampler: str, steps: int) -> int:
+    """Velocity evaluations of a sampler."""
+    return 2 * steps - 1 if sampler == "heun" else steps

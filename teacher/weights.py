@@ -11,14 +11,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from teacher.dit import DiT, DiTConfig
+from teacher.dit import DiT, DiTConfig, config_from
 
 
 def save_model(model: DiT, folder: Path | str, dtype: torch.dtype = torch.float32) -> None:
     """Write weights and configuration into `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().to(dtype).contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    tensors = {name: tensor.detach().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(asdict(model.config), indent=2) + "\n")
 
 
@@ -26,8 +27,7 @@ def load_config(folder: Path | str) -> DiTConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no model: {path.name} is missing.")
-    values = json.loads(path.read_text())
-    return DiTConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return config_from(json.loads(path.read_text()))
 
 
 def load_model(folder: Path | str) -> DiT:

@@ -1,8 +1,7 @@
-"""Flow time, guidance, positions, the bidirectional network, codec, samplers: each against a known answer."""
+"""Guidance, positions, the bidirectional network, codec, model folders: each against a known answer."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import torch
 from conftest import SIDE, conditions, latents, normal, randomize, small_codec, small_dit
 from torch import Tensor
 
-from teacher import flow
 from teacher.attention import KV, CrossAttention, SelfAttention, attention
 from teacher.blocks import AudioEncoder
 from teacher.codec import PCACodec
@@ -20,50 +18,7 @@ from teacher.dit import DiT, DiTConfig
 from teacher.embedder import IdentityEmbedder, contrastive_loss
 from teacher.guidance import Guidance, guided_velocity
 from teacher.rope import grid_positions, moved, reference_times
-from teacher.sampler import euler, few_step, heun
 from teacher.weights import load_config, load_model, save_model
-
-# ---- flow time --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(2,), (2, 5)])
-def test_x0_v_and_eps_are_recovered_from_each_other(shape: tuple[int, ...]) -> None:
-    x0, eps = latents(5, seed=1), latents(5, seed=2)
-    t = 0.05 + 0.9 * normal(*shape, seed=3).sigmoid()
-    xt, v = flow.add_noise(x0, eps, t), flow.velocity(x0, eps)
-    torch.testing.assert_close(flow.x0_from_v(xt, v, t), x0)
-    torch.testing.assert_close(flow.eps_from_v(xt, v, t), eps)
-    torch.testing.assert_close(flow.v_from_x0(xt, x0, t), v)
-    torch.testing.assert_close(flow.v_from_eps(xt, eps, t), v)
-
-
-def test_time_zero_is_clean_and_time_one_is_noise() -> None:
-    x0, eps = latents(2, seed=1), latents(2, seed=2)
-    assert torch.equal(flow.add_noise(x0, eps, torch.zeros(2)), x0)
-    assert torch.equal(flow.add_noise(x0, eps, torch.ones(2)), eps)
-
-
-def test_unshift_inverts_shift_and_shift_moves_towards_noise() -> None:
-    t = torch.linspace(0, 1, 101, dtype=torch.float64)
-    shifted = flow.shift_time(t, 5.0)
-    torch.testing.assert_close(flow.unshift_time(shifted, 5.0), t)
-    assert (shifted[1:-1] > t[1:-1]).all() and (shifted.diff() > 0).all()
-    assert flow.shift_time(torch.tensor(0.5), 5.0).item() == pytest.approx(5 / 6)
-
-
-@pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (4, 5.0), (50, 3.0)])
-def test_a_schedule_falls_from_exactly_one_to_exactly_zero(steps: int, shift: float) -> None:
-    times = flow.schedule(steps, shift)
-    assert len(times) == steps + 1 and times[0] == 1 and times[-1] == 0
-    assert (times.diff() < 0).all() and times.dtype == torch.float64
-
-
-def test_sampled_times_are_clamped_and_keyed() -> None:
-    draw = [flow.sample_time((999,), 5.0, torch.Generator().manual_seed(s), 0.02, 0.98) for s in (0, 0, 1)]
-    assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
-    assert draw[0].min() >= 0.02 and draw[0].max() == 0.98
-    assert draw[0].median() == pytest.approx(5 / 6, abs=0.03)  # the shift of the uniform median
-
 
 # ---- guidance ---------------------------------------------------------------------------------------------
 
@@ -136,6 +91,19 @@ def test_attention_sees_only_differences_of_positions() -> None:
     assert (out(4, 0) - out(3, 0)).abs().max() > 1e-3
 
 
+def test_tokens_kept_from_an_earlier_call_are_as_good_as_tokens_of_this_one() -> None:
+    layer = SelfAttention(32, 2).double()
+    randomize(layer)
+    both, places = normal(2, 12, 32, seed=1).requires_grad_(), grid_positions(3, 2, 2)
+    kept = both[:, :8]
+    context = [KV(layer.norm_k(layer.k(kept)), layer.v(kept), places[:8])]
+    split = layer(both[:, 8:], places[8:], context, None)[0]
+    together = layer(both, places, [], None)[0][:, 8:]
+    torch.testing.assert_close(split, together, rtol=0, atol=1e-10)
+    grads = [torch.autograd.grad(out.square().sum(), both)[0] for out in (split, together)]
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-9)
+
+
 def test_attention_is_softmax_of_scaled_products_under_the_mask() -> None:
     q, k, v = (normal(2, 5, 2, 4, seed=s) for s in (1, 2, 3))
     mask = normal(5, 5, seed=4) > -0.5
@@ -166,6 +134,12 @@ def test_an_absent_reference_changes_nothing_and_a_present_one_does() -> None:
     other = replace(cond, refs=cond.refs + torch.tensor([0.0, 9.0]).reshape(1, 2, 1, 1, 1))
     assert torch.equal(model(x, t, other), v)
     assert not torch.allclose(model(x, t, replace(cond, ref_mask=torch.ones(2, 2, dtype=torch.bool))), v)
+
+
+def test_references_are_told_apart_by_their_slot() -> None:
+    model, x, t, cond = small_dit(), latents(2), torch.full((2,), 0.5), conditions(2)
+    swapped = replace(cond, refs=cond.refs.flip(1))
+    assert not torch.allclose(model(x, t, swapped), model(x, t, cond))
 
 
 def test_references_kept_from_an_earlier_call_give_the_same_velocity() -> None:
@@ -338,47 +312,6 @@ def test_embeddings_are_unit_vectors_and_the_saved_embedder_is_frozen(tmp_path: 
 def test_contrastive_loss_is_least_for_the_right_pairs() -> None:
     a = torch.nn.functional.normalize(normal(5, 32), dim=-1)
     assert contrastive_loss(a, a) < contrastive_loss(a, a.roll(1, 0))
-
-
-# ---- samplers ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("sampler", "order"), [(euler, 1), (heun, 2)])
-def test_a_sampler_converges_with_its_order(sampler, order: int) -> None:
-    x = torch.ones(1, 1, dtype=torch.float64)
-    exact = math.exp(-(1 + 1 / 3))  # dx/dt = (1 + t^2) x, from t = 1 down to 0
-
-    def error(steps: int) -> float:
-        states = sampler(lambda x, t: (1 + t[:, None] ** 2) * x, x, flow.schedule(steps, 1.0))
-        assert len(states) == steps + 1 and torch.equal(states[0], x)
-        return abs(states[-1].item() - exact)
-
-    assert math.log2(error(40) / error(80)) == pytest.approx(order, abs=0.15)
-
-
-def test_few_steps_with_a_perfect_network_end_at_the_clean_latents() -> None:
-    x0, asked = latents(2), []
-
-    def perfect(x: Tensor, t: Tensor) -> Tensor:
-        asked.append(t[0].item())
-        return flow.v_from_x0(x, x0, t)
-
-    out = few_step(perfect, latents(2, seed=9), [1.0, 0.8, 0.45], torch.Generator().manual_seed(0))
-    torch.testing.assert_close(out, x0)
-    assert asked == [1.0, 0.8, 0.45]
-    with pytest.raises(ValueError, match="at least one step"):
-        few_step(perfect, x0, [], torch.Generator())
-
-
-def test_few_steps_take_fresh_noise_down_to_the_next_time() -> None:
-    seen: list[Tensor] = []
-
-    def zero(x: Tensor, t: Tensor) -> Tensor:  # its x0 prediction is always zero, so x is t * fresh noise
-        seen.append(x)
-        return x / t[0]
-
-    few_step(zero, latents(2), [1.0, 0.5], torch.Generator().manual_seed(4))
-    torch.testing.assert_close(seen[1], 0.5 * normal(*seen[0].shape, seed=4))
 
 
 def test_sizes_that_do_not_fit_are_refused_in_a_sentence() -> None:

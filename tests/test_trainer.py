@@ -135,16 +135,27 @@ def test_the_teacher_never_changes_and_the_trained_roles_do(tmp_path: Path, reci
     assert same(weights(trainer, "teacher"), before["teacher"])
     assert not same(weights(trainer, "critic"), before["critic"])
     assert not same(weights(trainer, "student"), before["student"])
+    assert not any(p.requires_grad for p in trainer.roles.models["teacher"].parameters())
     assert set(trainer.optimizers) == {"critic", "student"} and trainer.product == "student"
 
 
-def test_a_phase_changes_its_own_role_only_and_leaves_no_gradient_behind(tmp_path: Path, recipe: Recipe) -> None:
+def test_a_phase_changes_its_own_role_only_and_leaves_no_gradient_behind(
+    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = make(recipe, tmp_path / "run")
+    learning: list[set[str]] = []
+
+    def spy(loss: Tensor) -> None:
+        models = trainer.roles.models.items()
+        learning.append({role for role, model in models if any(p.requires_grad for p in model.parameters())})
+        loss.backward()
+
+    monkeypatch.setattr(trainer.engine, "backward", spy)
     for index, phase in enumerate(recipe.phases):
         before = {role: weights(trainer, role) for role in trainer.roles.models}
         trainer.update(1, index, phase)
         changed = {role for role in before if not same(weights(trainer, role), before[role])}
-        assert changed == {phase.update}
+        assert changed == learning[-1] == {phase.update}
         assert all(p.grad is None for model in trainer.roles.models.values() for p in model.parameters())
 
 
@@ -179,6 +190,19 @@ def test_weights_and_ramps_scale_a_term(tmp_path: Path, recipe: Recipe) -> None:
     for step, factor in ((1, 0.75), (2, 1.5), (4, 3.0), (9, 3.0)):
         total, logs = trainer.loss(roll, roles, phase, step)
         torch.testing.assert_close(total, factor * logs["train/critic_flow_matching"])
+
+
+def test_the_average_follows_the_student_and_not_the_critic(tmp_path: Path, recipe: Recipe) -> None:
+    trainer = make(recipe, tmp_path / "run")
+    expected = {name: value.clone() for name, value in trainer.ema.state().items()}
+    trainer.update(1, 0, recipe.phases[0])
+    assert same(trainer.ema.state(), expected)
+    for step in (2, 4):
+        trainer.update(step, 1, recipe.phases[1])
+        student = weights(trainer, "student")
+        expected = {name: 0.9 * value + 0.1 * student[name] for name, value in expected.items()}
+    for name, value in trainer.ema.state().items():
+        torch.testing.assert_close(value, expected[name])
 
 
 def test_samples_and_scores_see_the_average_and_training_does_not(tmp_path: Path, recipe: Recipe) -> None:
