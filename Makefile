@@ -117,6 +117,7 @@ $(VENV)/.made:
 	@test -n '$(PY)' || { echo 'Python 3.10 or newer was not found: install it, or name one with PY=python3.x.' >&2; exit 2; }
 	@test -x $(PYTHON) || { echo 'making $(VENV) with $(PY)'; $(PY) -m venv '$(VENV)' >/dev/null 2>&1 && $(PYTHON) -m pip --version >/dev/null 2>&1; } \
 	  || { rm -rf '$(VENV)'; echo '$(PY) cannot make a virtual environment: install its venv package (Debian: apt install python3-venv).' >&2; exit 2; }
+	@date +%s > '$(VENV)/.began'
 	@touch $@
 
 $(VENV)/.torch: $(VENV)/.made
@@ -126,6 +127,9 @@ $(VENV)/.torch: $(VENV)/.made
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	@echo 'installing this package and what it needs (about a minute)'
 	@$(PIP) install -e .
+	@# what a first run spends here belongs to its total in the report
+	@test -e '$(VENV)/.setup_seconds' || ! test -e '$(VENV)/.began' || \
+	  echo $$(( $$(date +%s) - $$(cat '$(VENV)/.began') )) > '$(VENV)/.setup_seconds'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed

@@ -6,6 +6,7 @@ runs/<run>/ teacher? trajectories stage1 stage2 stage3 stage4 online-lpm report
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -124,6 +125,7 @@ def evaluate(options: Options) -> None:
     """Measure every row that the run has, and write scores and report."""
     recipe, folder = options.load("stage4"), run_folder(options.run)
     _need_data(recipe)
+    setup = Path(sys.prefix) / ".setup_seconds"  # written by the Makefile
     with _timed(options, "evaluation"):
         bench = Bench(Path(recipe.data.path), recipe.evaluation or BenchConfig(), folder / "report" / "rows")
         values, _ = measure_all(bench, _rows(bench, recipe, folder), print)
@@ -134,7 +136,8 @@ def evaluate(options: Options) -> None:
         "voice": bench.test_voice(),
         "stream_seconds": bench.config.stream_seconds,
     }
-    write_scores(folder / "report" / "scores.json", values, _timings(folder), about)
+    timings = {"setup": float(setup.read_text())} if setup.is_file() else {}
+    write_scores(folder / "report" / "scores.json", values, timings | _timings(folder), about)
     report(options)
 
 

@@ -18,7 +18,6 @@ from teacher.dit import DiT, DiTConfig
 from teacher.embedder import IdentityEmbedder, contrastive_loss
 from teacher.guidance import Guidance, guided_velocity
 from teacher.rope import grid_positions, moved, reference_times
-from teacher.weights import load_config, load_model, save_model
 
 # ---- guidance ---------------------------------------------------------------------------------------------
 
@@ -277,25 +276,6 @@ def test_a_saved_codec_comes_back_with_its_fingerprint(tmp_path: Path) -> None:
     codec.save(tmp_path)
     assert PCACodec.load(tmp_path).fingerprint() == codec.fingerprint()
     assert PCACodec(codec.mean, codec.basis, codec.scale * 1.01).fingerprint() != codec.fingerprint()
-
-
-def test_a_saved_model_comes_back_to_the_bit(tmp_path: Path) -> None:
-    model = small_dit(dtype=torch.float32)
-    save_model(model, tmp_path)
-    back = load_model(tmp_path)
-    assert load_config(tmp_path) == model.config
-    state = back.state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    with pytest.raises(ValueError, match="holds no model"):
-        load_model(tmp_path / "nowhere")
-
-
-def test_a_model_kept_in_fp16_comes_back_as_fp32(tmp_path: Path) -> None:
-    model = small_dit(dtype=torch.float32)
-    save_model(model, tmp_path, torch.float16)
-    for a, b in zip(model.parameters(), load_model(tmp_path).parameters(), strict=True):
-        assert b.dtype == torch.float32
-        torch.testing.assert_close(a.half().float(), b, rtol=0, atol=0)
 
 
 def test_embeddings_are_unit_vectors_and_the_saved_embedder_is_frozen(tmp_path: Path) -> None:
