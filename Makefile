@@ -23,7 +23,7 @@ RUN_IT = $(PYTHON) -m distill
 
 .DEFAULT_GOAL := help
 .PHONY: help online-lpm data teacher keep-teacher trajectories distill distill-stage1 distill-stage2 distill-stage3 distill-stage4 \
-        export evaluate report doctor lineage recipes test lint types gpu ci smoke clean clean-venv
+        export evaluate report doctor lineage recipes test mutants lint types gpu ci smoke clean clean-venv
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -86,6 +86,9 @@ recipes: $(VENV)/.installed ## list the recipes
 
 test: $(VENV)/.dev ## run the tests
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+
+mutants: $(VENV)/.dev ## break one thing at a time and see that a test notices (about ten minutes)
+	@OMP_NUM_THREADS=1 $(PYTHON) tests/mutants.py
 
 lint: $(VENV)/.dev ## ruff
 	@$(PYTHON) -m ruff check .

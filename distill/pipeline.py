@@ -115,9 +115,7 @@ def keep(options: Options) -> None:
     """Put the teacher trained in this run where the repository keeps one."""
     recipe, folder = options.load("teacher"), run_folder(options.run)
     trained = lineage.find_parent(folder, "teacher", recipe.scale, options.parent)
-    target = exporting.keep_teacher(
-        trained, dataset.load_codec(Path(recipe.data.path)), kept_teacher(recipe.scale)
-    )
+    target = exporting.keep_teacher(trained, dataset.load_codec(Path(recipe.data.path)), kept_teacher(recipe.scale))
     print(f"Wrote {target}; next: make data, then make distill.")
 
 

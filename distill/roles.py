@@ -1,10 +1,10 @@
 """Fill the roles of a stage: which networks it has, and whose weights each starts from.
 
-    teacher   the run's own teacher, or the kept one            frozen, except in stage `teacher`
-    student   the parent's averaged student, or the teacher's   causal
-    critic    the parent's critic, or the teacher's             bidirectional
-    backbone  the parent's averaged student, frozen             causal, beside a refiner
-    refiner   the parent's averaged student                     causal
+teacher   the run's own teacher, or the kept one            frozen, except in stage `teacher`
+student   the parent's averaged student, or the teacher's   causal
+critic    the parent's critic, or the teacher's             bidirectional
+backbone  the parent's averaged student, frozen             causal, beside a refiner
+refiner   the parent's averaged student                     causal
 """
 
 from __future__ import annotations

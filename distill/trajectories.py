@@ -56,9 +56,7 @@ class Trajectories:
         return self._states[self._row[index.cpu()]].to(index.device).float()
 
 
-def make_trajectories(
-    recipe: Recipe, teacher: DiT, origin: Manifest, data: LatentDataset, folder: Path
-) -> Path:
+def make_trajectories(recipe: Recipe, teacher: DiT, origin: Manifest, data: LatentDataset, folder: Path) -> Path:
     """Sample `recipe.trajectories.count` clips of the train split; returns the sealed folder."""
     config: TrajectoryConfig = recipe.trajectories
     count = min(config.count, len(data))

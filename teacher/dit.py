@@ -131,9 +131,7 @@ class DiT(nn.Module):
                 tokens, kv = block(*arguments)
             layers.append(kv)
         out = self.head(tokens, time)
-        v = rearrange(
-            out, "b (t h w) (p q c) -> b t c (h p) (w q)", t=frames, h=rows, w=columns, p=patch, q=patch
-        )
+        v = rearrange(out, "b (t h w) (p q c) -> b t c (h p) (w q)", t=frames, h=rows, w=columns, p=patch, q=patch)
         return v.to(x.dtype), layers
 
     def _told(self, cond: Conditions | None):

@@ -43,9 +43,10 @@ def test_the_loss_of_the_readme_runs_from_its_file_and_its_recipe(tmp_path, monk
     assert torch.allclose(term.value, x0.mean((1, 3, 4)).square().mean())
 
 
-@pytest.mark.parametrize("path", sorted(Path("recipes/tiny").glob("*.yaml")), ids=lambda path: path.stem)
+SHIPPED = [path for path in sorted(Path("recipes/tiny").glob("*.yaml")) if "stage:" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 @pytest.mark.parametrize("variant", [None, "quick", "smoke"])
 def test_every_shipped_recipe_is_valid_in_every_variant(path, variant):
-    if "stage:" not in path.read_text():
-        pytest.skip("a base, not a recipe")
     assert config.load(path, (), variant).scale == "tiny"
