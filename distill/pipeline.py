@@ -18,11 +18,12 @@ from distill.data import dataset
 from distill.data.prepare import prepare
 from distill.embedder import ensure_embedder
 from distill.engine import Engine
+from distill.errors import UserError
 from distill.evaluate import Bench, Row, data_row, measure_all, student_row, teacher_rows
 from distill.options import Options
 from distill.report import assemble
 from distill.roles import build_roles, find_teacher, kept_teacher, network
-from distill.runs import open_stage, run_folder, write_json
+from distill.runs import open_stage, read_status, run_folder, write_json
 from distill.samples import SampleHook
 from distill.state import checkpoint, lineage
 from distill.state.lineage import Manifest
@@ -198,7 +199,14 @@ def _parent(recipe: Recipe, folder: Path, teacher: Manifest | None, override: st
         return None
     if recipe.parent == "teacher" and override is None:
         return teacher
-    return lineage.find_parent(folder, recipe.parent, recipe.scale, override)
+    manifest = lineage.find_parent(folder, recipe.parent, recipe.scale, override)
+    status = read_status(folder / recipe.parent)
+    if override is None and status.get("status") != "done":
+        raise UserError(
+            f"{folder / recipe.parent} is not finished (step {status.get('step', 0)}): run `{_make(recipe.parent)}` to "
+            f"its end, or take it as it is with PARENT={manifest.path}."
+        )
+    return manifest
 
 
 def _need_data(recipe: Recipe) -> None:
@@ -216,9 +224,14 @@ def _stage_of(options: Options) -> str:
     return str(read(options.recipe).data.get("stage"))
 
 
+def _make(stage: str) -> str:
+    return f"make distill-{stage}" if stage.startswith("stage") else f"make {stage}"
+
+
 def _next(stage: str) -> str:
-    following = {"teacher": "distill-stage1", "stage4": "export"}
-    return f"make {following.get(stage) or 'distill-stage' + str(int(stage[-1]) + 1)}"
+    return {"teacher": "make distill-stage1", "stage4": "make export"}.get(
+        stage
+    ) or f"make distill-stage{int(stage[-1]) + 1}"
 
 
 @contextmanager

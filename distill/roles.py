@@ -18,6 +18,7 @@ from distill.config import Recipe
 from distill.contracts import Roles
 from distill.data import dataset
 from distill.errors import UserError
+from distill.runs import read_status
 from distill.state import checkpoint, lineage
 from distill.state.lineage import Manifest
 from student.causal_dit import CausalDiT
@@ -26,9 +27,9 @@ from teacher.embedder import IdentityEmbedder
 
 
 def find_teacher(recipe: Recipe, run_folder: Path) -> Manifest:
-    """The teacher of this run: the one trained in it, else the one the recipe names (`kept` = the repository's)."""
+    """The teacher trained in this run to its end, else the one the recipe names (`kept` = the repository's)."""
     own = run_folder / "teacher"
-    if (own / "checkpoints").is_dir() and checkpoint.newest(own / "checkpoints") is not None:
+    if read_status(own).get("status") == "done":
         path = own
     else:
         path = kept_teacher(recipe.scale) if recipe.teacher == "kept" else Path(recipe.teacher)

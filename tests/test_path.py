@@ -1,6 +1,7 @@
 """Pieces of the path between the stages: trajectory times, identity embedder, Online LPM on disk, the kept teacher."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,3 +62,20 @@ def test_the_kept_teacher_is_whole_and_has_the_shape_of_the_recipes():
     model = network(recipe.model, lineage.read(KEPT), "ema")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}  # masters, though kept in fp16
     assert PCACodec.load(KEPT / "codec").channels == recipe.model.channels
+
+
+def test_a_parent_that_stopped_halfway_is_refused_unless_named(tmp_path, monkeypatch):
+    from distill import config, pipeline
+    from distill.errors import UserError
+    from distill.runs import write_status
+
+    (tmp_path / "stage1").mkdir()
+    manifest = SimpleNamespace(path=tmp_path / "stage1" / "checkpoints" / "step_00000010", hash="x")
+    monkeypatch.setattr(pipeline.lineage, "find_parent", lambda *_: manifest)
+    recipe = config.load(Path("recipes/tiny/stage2_dmd.yaml"))
+    write_status(tmp_path / "stage1", "stopped", {"step": 10})
+    with pytest.raises(UserError, match=r"not finished \(step 10\)"):
+        pipeline._parent(recipe, tmp_path, None, None)
+    assert pipeline._parent(recipe, tmp_path, None, str(manifest.path)) is manifest
+    write_status(tmp_path / "stage1", "done", {"step": 20})
+    assert pipeline._parent(recipe, tmp_path, None, None) is manifest
