@@ -29,8 +29,8 @@ class TrajectoryConfig:
     count: int = 256
     steps: int = 16
     shift: float = 3.0
-    text: float = 2.0  # guidance weights
-    audio: float = 2.0
+    text: float = 1.5  # guidance weights
+    audio: float = 1.5
     batch_size: int = 32
 
     def __post_init__(self):

@@ -30,8 +30,8 @@ class BenchConfig:
     teacher_steps: int = 50
     sampler: str = "euler"  # or heun
     shift: float = 3.0
-    text: float = 2.0  # guidance of the teacher
-    audio: float = 2.0
+    text: float = 1.5  # guidance of the teacher
+    audio: float = 1.5
     batch_size: int = 16
     clips: int = 32
     stream_seconds: float = 60.0
