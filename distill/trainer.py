@@ -215,10 +215,12 @@ class Trainer:
 
 
 def learning_rate(config: OptimConfig, step: int, total: int) -> float:
-    """Linear warm-up, then constant or half a cosine down to a hundredth."""
+    """Linear warm-up, then constant, or half a cosine down to a hundredth, anew after every restart (SGDR)."""
     if step <= config.warmup_steps:
         return config.lr * step / max(config.warmup_steps, 1)
     if config.schedule == "constant":
         return config.lr
-    done = (step - config.warmup_steps) / max(total - config.warmup_steps, 1)
-    return config.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
+    edges = [config.warmup_steps, *config.restarts, total]
+    cycle = sum(step > edge for edge in config.restarts)
+    done = (step - edges[cycle]) / max(edges[cycle + 1] - edges[cycle], 1)
+    return config.lr / 2**cycle * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)

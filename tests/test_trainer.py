@@ -280,3 +280,12 @@ def test_the_learning_rate_warms_up_and_falls_to_a_hundredth() -> None:
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0] and rates[-1] == pytest.approx(0.02)
     assert rates[11] == pytest.approx(2 * (0.01 + 0.99 / 2)) and rates[4:] == sorted(rates[4:], reverse=True)
     assert {learning_rate(OptimConfig(lr=2.0), step, 20) for step in range(1, 21)} == {2.0}
+
+
+def test_the_cosine_begins_anew_from_half_the_rate_after_a_restart() -> None:
+    once = OptimConfig(lr=1.0, warmup_steps=10, schedule="cosine")
+    twice = OptimConfig(lr=1.0, warmup_steps=10, schedule="cosine", restarts=(100,))
+    # the first cycle of a longer run is the whole of the shorter one: a finished run can be prolonged
+    assert [learning_rate(twice, s, 150) for s in range(1, 101)] == [learning_rate(once, s, 100) for s in range(1, 101)]
+    assert learning_rate(twice, 101, 150) == pytest.approx(0.5, abs=0.01)
+    assert learning_rate(twice, 150, 150) == pytest.approx(0.005)
