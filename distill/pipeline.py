@@ -153,14 +153,13 @@ def online_lpm(options: Options) -> None:
     began = time.perf_counter()
     data(options)
     recipe = options.load("stage1")
-    try:
-        origin = find_teacher(recipe, run_folder(options.run))
-        print(f"teacher: {origin.path} ({origin.hash[:12]})", flush=True)
-    except Exception:
-        if recipe.teacher == "kept" and kept_teacher(recipe.scale).is_dir():
-            raise
+    folder = run_folder(options.run)
+    trained = read_status(folder / "teacher").get("status") == "done"
+    if recipe.teacher == "kept" and not trained and not kept_teacher(recipe.scale).is_dir():
         print("There is no kept teacher: training one first.", flush=True)
         train_stage(options, "teacher")
+    origin = find_teacher(recipe, folder)
+    print(f"teacher: {origin.path} ({origin.hash[:12]})", flush=True)
     for stage in STAGES:
         train_stage(options, stage)
     export(options)
