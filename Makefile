@@ -23,7 +23,7 @@ RUN_IT = $(PYTHON) -m distill
 
 .DEFAULT_GOAL := help
 .PHONY: help online-lpm data teacher keep-teacher trajectories distill distill-stage1 distill-stage2 distill-stage3 distill-stage4 \
-        export evaluate report doctor lineage recipes test mutants lint types gpu ci smoke clean clean-venv
+        export evaluate report doctor lineage recipes validate runs diff test mutants lint types gpu ci smoke clean clean-venv
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -81,6 +81,15 @@ lineage: $(VENV)/.installed ## draw the family tree of RUN= or PARENT=
 
 recipes: $(VENV)/.installed ## list the recipes
 	@$(RUN_IT) recipes
+
+validate: $(VENV)/.installed ## check RECIPE= without running it: every problem, with file and line
+	@$(RUN_IT) validate $(ARGS)
+
+runs: $(VENV)/.installed ## list the runs with their stages and scores
+	@$(RUN_IT) runs
+
+diff: $(VENV)/.installed ## what differs between two checkpoints: A=runs/a/stage2 B=runs/b/stage2
+	@$(RUN_IT) diff --a '$(A)' --b '$(B)'
 
 # ---- developing -----------------------------------------------------------------------------------------------
 

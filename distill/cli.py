@@ -13,6 +13,7 @@ from pathlib import Path
 
 from distill.config import SCALES, STAGES, read
 from distill.errors import ExitCode, UserError
+from distill.listing import LISTINGS
 from distill.options import Options, run_name
 
 COMMANDS = {
@@ -31,6 +32,9 @@ COMMANDS = {
     "report": "write the report of a run from its scores",
     "lineage": "draw the family tree of a run's newest checkpoint, or of --parent",
     "recipes": "list the recipes",
+    "validate": "check a recipe and its quick and smoke variants: all problems at once, with file and line",
+    "runs": "list the runs: how far each stage is, and the scores",
+    "diff": "what differs between the recipes, data, code and environment of two checkpoints",
     "doctor": "check this machine",
 }
 SEVERAL = ("online-lpm", "distill", "export", "evaluate", "report")
@@ -67,6 +71,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--recipe", type=Path, help="recipe YAML (default: the one of the stage)")
         command.add_argument("--run", help="name of the run folder under runs/ (default: the scale)")
         command.add_argument("--parent", help="checkpoint to start from (default: found in the run)")
+        if name == "diff":
+            command.add_argument("--a", help="a checkpoint, a stage folder or an export")
+            command.add_argument("--b", help="another one")
         command.add_argument("--set", default="", help="overrides, 'a.b=1 c=2'")
         command.add_argument("--quick", action="store_true", help="fewer steps, marked as such in the report")
         command.add_argument("--smoke", action="store_true", help="a few steps of everything: does it run")
@@ -87,22 +94,18 @@ def _options(given: argparse.Namespace) -> Options:
         smoke=given.smoke,
         scale=scale,
         several=given.command in SEVERAL,
+        pair=(getattr(given, "a", None), getattr(given, "b", None)),
     )
 
 
 def _dispatch(command: str, options: Options) -> int:
-    if command == "recipes":
-        print(list_recipes())
+    if command in LISTINGS:
+        print(LISTINGS[command](options))
         return ExitCode.DONE
     if command == "doctor":
         from distill.doctor import examine
 
         return examine()
-    if command == "lineage":
-        from distill.state.lineage import tree
-
-        print(tree(options.parent or newest_stage(options.run)))
-        return ExitCode.DONE
     print(f"{command}: {COMMANDS[command]} (run {options.run})", flush=True)
     from distill import pipeline  # imports torch, hence here
 
@@ -115,28 +118,3 @@ def _dispatch(command: str, options: Options) -> int:
     else:
         getattr(pipeline, command.replace("-", "_"))(options)
     return ExitCode.DONE
-
-
-def newest_stage(run: str) -> Path:
-    """The folder furthest down the road in a run: the export, else the last stage that has a checkpoint."""
-    from distill.runs import run_folder
-
-    folder = run_folder(run)
-    for name in ("online-lpm", *reversed(STAGES)):
-        if (folder / name / "manifest.json").is_file() or any(folder.glob(f"{name}/checkpoints/step_*")):
-            return folder / name
-    raise UserError(f"The run folder {folder} holds no checkpoint: give RUN=name of one that does, or PARENT=path.")
-
-
-def list_recipes() -> str:
-    """A table of the recipes in recipes/: path, stage, steps, what the comment on the first line says."""
-    rows = []
-    for path in sorted(Path("recipes").rglob("*.yaml")):
-        data = read(path).data
-        if "stage" not in data:
-            continue  # a base, not a recipe
-        first = path.read_text(encoding="utf-8").splitlines()[0]
-        about = first.lstrip("# ") if first.startswith("#") else ""
-        steps = (data.get("train") or {}).get("steps", "-")
-        rows.append(f"{path!s:40} {data.get('scale', '-'):5} {data['stage']:13} {steps!s:>7} steps  {about}")
-    return "\n".join(rows) if rows else "There are no recipes under recipes/: run this in the repository's folder."

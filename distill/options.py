@@ -23,6 +23,7 @@ class Options:
     smoke: bool = False
     scale: str = "tiny"
     several: bool = False
+    pair: tuple[str | None, str | None] = (None, None)  # the checkpoints that `diff` compares
 
     @property
     def variant(self) -> str | None:

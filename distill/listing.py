@@ -1,0 +1,140 @@
+"""What there is and how it differs, as text: recipes, runs, family trees, two checkpoints side by side.
+
+Every listing takes the command line's Options and returns what is printed; none computes or writes anything.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from distill.config import STAGES, VARIANTS, load, read
+from distill.errors import UserError
+from distill.options import Options
+from distill.runs import FRESH_SECONDS, RUNS, read_status, run_folder
+from distill.state import lineage
+
+HEADLINE = {"sync_corr": "sync", "identity_distance": "identity", "motion_ratio": "motion", "seam_ratio": "seams"}
+
+
+def recipes(options: Options) -> str:
+    """A table of the recipes in recipes/: path, scale, stage, steps, what the comment on the first line says."""
+    rows = []
+    for path in sorted(Path("recipes").rglob("*.yaml")):
+        data = read(path).data
+        if "stage" not in data:
+            continue  # a base, not a recipe
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        about = first.lstrip("# ") if first.startswith("#") else ""
+        steps = (data.get("train") or {}).get("steps", "-")
+        rows.append(f"{path!s:40} {data.get('scale', '-'):5} {data['stage']:13} {steps!s:>7} steps  {about}")
+    return "\n".join(rows) if rows else "There are no recipes under recipes/: run this in the repository's folder."
+
+
+def validate(options: Options) -> str:
+    """Load a recipe as it is and in each variant; UserError with every problem, else what it would do."""
+    if options.recipe is None:
+        raise UserError("Nothing to check: give RECIPE=recipes/tiny/stage2_dmd.yaml.")
+    problems: list[str] = []
+    for variant in (None, *VARIANTS):
+        try:
+            load(options.recipe, options.overrides, variant)
+        except UserError as error:
+            found = [line.strip() for line in error.message.splitlines()]
+            problems += [line for line in found if line not in problems and not line.endswith(" problems:")]
+    if problems:
+        raise UserError("\n".join(problems))
+    recipe = load(options.recipe, options.overrides, options.variant)
+    train = recipe.train
+    lines = [
+        f"{options.recipe} is valid: {recipe.name}, {recipe.stage} at scale {recipe.scale}",
+        f"  {train.steps} steps of {train.batch_size * train.grad_accumulation} clips per process "
+        f"({train.batch_size} x {train.grad_accumulation} micro-steps), {train.precision}",
+    ]
+    for phase in recipe.phases:
+        terms = ", ".join(f"{spec.weight:g} {spec.name}" for spec in phase.terms)
+        lines.append(f"  {phase.update} every {phase.every}: {terms}, lr {recipe.optimizer[phase.update].lr:g}")
+    return "\n".join(lines)
+
+
+def runs(options: Options) -> str:
+    """Every run with its stages: status, step, how long ago it gave a sign of life; and its scores, if measured."""
+    lines = []
+    for folder in sorted(path for path in RUNS.glob("*") if path.is_dir()):
+        stages = [_stage(folder / stage) for stage in STAGES if (folder / stage).is_dir()]
+        lines.append(f"{folder.name:20} {', '.join(stages) or 'empty'}")
+        lines += [f"{'':20} {line}" for line in _scores(folder / "report" / "scores.json")]
+    return "\n".join(lines) if lines else "There are no runs yet: make online-lpm."
+
+
+def _stage(folder: Path) -> str:
+    status = read_status(folder)
+    if not status:
+        return f"{folder.name} done" if (folder / "manifest.json").is_file() else f"{folder.name} unfinished"
+    word, silent = status.get("status", "?"), time.time() - float(status.get("heartbeat", 0))
+    if word == "running" and silent > FRESH_SECONDS:
+        word = f"dead for {silent / 60:.0f} min"
+    return f"{folder.name} {word} at {status.get('step', 0)}"
+
+
+def _scores(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    scores = json.loads(path.read_text())
+    lines = []
+    for row in ("teacher", "online_lpm"):
+        means = {label: scores.get(row, {}).get(key, {}).get("mean") for key, label in HEADLINE.items()}
+        found = [f"{label} {mean:.3f}" for label, mean in means.items() if mean is not None]
+        lines += [f"{row}: {', '.join(found)}"] if found else []
+    return lines
+
+
+def family(options: Options) -> str:
+    """The family tree of PARENT=, or of the checkpoint furthest down the road in RUN=."""
+    return lineage.tree(options.parent or newest_stage(options.run))
+
+
+def newest_stage(run: str) -> Path:
+    """The folder furthest down the road in a run: the export, else the last stage that has a checkpoint."""
+    folder = run_folder(run)
+    for name in ("online-lpm", *reversed(STAGES)):
+        if (folder / name / "manifest.json").is_file() or any(folder.glob(f"{name}/checkpoints/step_*")):
+            return folder / name
+    raise UserError(f"The run folder {folder} holds no checkpoint: give RUN=name of one that does, or PARENT=path.")
+
+
+def diff(options: Options) -> str:
+    """Key by key what differs between two manifests: recipe, parent, data, code, environment, metrics."""
+    first, second = options.pair
+    if not first or not second:
+        raise UserError("Two checkpoints are compared: give A=path B=path.")
+    one, other = lineage.read(first), lineage.read(second)
+    here, there = flatten(one.data), flatten(other.data)
+    # File hashes and what follows from the rest would bury the causes.
+    keys = [key for key in sorted({**here, **there}) if not key.startswith(("files.", "recipe_sha256"))]
+    lines = [
+        f"  {key}: {here.get(key, 'absent')} -> {there.get(key, 'absent')}"
+        for key in keys
+        if here.get(key, ...) != there.get(key, ...)
+    ]
+    title = f"{one.path} ({one.hash[:12]}) -> {other.path} ({other.hash[:12]})"
+    return "\n".join([title, *(lines or ["  nothing differs"])])
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts and lists -> {"a.b.0": leaf}."""
+    if isinstance(value, dict) and value:
+        return {k: v for key, part in value.items() for k, v in flatten(part, f"{prefix}{key}.").items()}
+    if isinstance(value, list) and any(isinstance(part, (dict, list)) for part in value):
+        return {k: v for key, part in enumerate(value) for k, v in flatten(part, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): value}
+
+
+LISTINGS: dict[str, Callable[[Options], str]] = {
+    "recipes": recipes,
+    "validate": validate,
+    "runs": runs,
+    "lineage": family,
+    "diff": diff,
+}

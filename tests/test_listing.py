@@ -1,0 +1,73 @@
+"""What the looking commands print: recipes checked, runs listed, checkpoints compared."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from distill import cli
+from distill.errors import ExitCode
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = "name: r\nscale: tiny\nstage: stage1\nrollout: {kind: data}\ntrain: {steps: 3, batch_size: 4, %s}\n"
+PHASES = "phases:\n  - {update: student, terms: {ode_regression: {weight: 2.0}}}\noptimizer: {lr: 1.0e-4}\n"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_valid_recipe_tells_what_it_will_do(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("r.yaml").write_text(RECIPE % "grad_accumulation: 2" + PHASES)
+    assert cli.main(["validate", "--recipe", "r.yaml"]) == ExitCode.DONE
+    told = capsys.readouterr().out
+    assert "3 steps of 8 clips" in told and "student every 1: 2 ode_regression, lr 0.0001" in told
+
+
+def test_every_problem_of_a_recipe_is_told_at_once_also_those_of_its_variants(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("r.yaml").write_text(RECIPE % "clipp: 1.0" + PHASES + "quick: {train: {stepz: 1}}\n")
+    assert cli.main(["validate", "--recipe", "r.yaml"]) == ExitCode.USAGE
+    told = capsys.readouterr().err
+    assert "r.yaml:5" in told and "clip" in told and "r.yaml:9" in told and "steps" in told
+    assert len(told.splitlines()) == 2
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    base = "stage:" not in path.read_text()
+    assert base or cli.main(["validate", "--recipe", str(path.relative_to(ROOT))]) == ExitCode.DONE
+
+
+def test_runs_are_listed_with_status_step_and_scores(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["runs"]) == ExitCode.DONE and "no runs yet" in capsys.readouterr().out
+    for stage, status, age in (("stage1", "done", 0), ("stage2", "running", 5), ("stage3", "running", 600)):
+        folder = Path("runs/a") / stage
+        folder.mkdir(parents=True)
+        facts = {"status": status, "step": 7, "heartbeat": time.time() - age}
+        (folder / "STATUS.json").write_text(json.dumps(facts))
+    Path("runs/a/report").mkdir()
+    scores = {"online_lpm": {"sync_corr": {"mean": 0.9, "se": 0.1}, "seam_ratio": {"mean": None, "se": None}}}
+    Path("runs/a/report/scores.json").write_text(json.dumps(scores))
+    assert cli.main(["runs"]) == ExitCode.DONE
+    told = capsys.readouterr().out
+    assert "stage1 done at 7, stage2 running at 7, stage3 dead for 10 min at 7" in told
+    assert "online_lpm: sync 0.900\n" in told
+
+
+def test_diff_names_what_differs_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, rate in (("a", 1e-4), ("b", 2e-4)):
+        Path(name).mkdir()
+        recipe = {"optimizer": {"lr": rate}, "phases": [{"update": "student"}], "seed": 0}
+        manifest = {"stage": "stage1", "step": 5, "recipe": recipe, "files": [{"sha256": name}]}
+        (Path(name) / "manifest.json").write_text(json.dumps(manifest))
+    assert cli.main(["diff", "--a", "a", "--b", "b"]) == ExitCode.DONE
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[1].strip() == "recipe.optimizer.lr: 0.0001 -> 0.0002"
+    assert cli.main(["diff", "--a", "a", "--b", "a"]) == ExitCode.DONE
+    assert "nothing differs" in capsys.readouterr().out
+    assert cli.main(["diff", "--a", "a"]) == ExitCode.USAGE and "A=path B=path" in capsys.readouterr().err
