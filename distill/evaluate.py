@@ -23,6 +23,7 @@ from distill.data.dataset import LatentDataset
 from distill.runs import write_json
 from distill.tracking import progress
 from evaluation.bench import (
+    LATENT_FPS,
     BenchConfig,
     Generate,
     decode,
@@ -154,7 +155,7 @@ def teacher_rows(bench: Bench, teacher: DiT, source: str, student_steps: int) ->
     """The teacher as it is meant to be sampled, and at the student's number of steps."""
     config, channels = bench.config, teacher.config.channels
     clip = bench.batch.cond.num_frames
-    streamed = bench.case.cond.frames(0, int(config.teacher_stream_seconds * 6) // clip * clip)
+    streamed = bench.case.cond.frames(0, int(config.teacher_stream_seconds * LATENT_FPS) // clip * clip)
     rows = []
     for name, steps in (("teacher", config.teacher_steps), ("teacher_few_step", student_steps)):
         generate = teacher_sampler(teacher, config, steps, channels)

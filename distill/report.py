@@ -17,7 +17,7 @@ from evaluation.metrics import ROWS, STAGES
 from evaluation.plots import Chart, Node
 from evaluation.report import Figure, drift_charts, loss_charts, write_report
 from evaluation.scores import load_values
-from evaluation.video import contact_sheet, mp4_bytes, png_bytes, side_by_side
+from evaluation.video import as_image, contact_sheet, mp4_bytes, png_bytes, side_by_side
 
 FILMED = {"speaking": 1, "listening": 2}  # state of the clip that is filmed
 SHOWN = ("data", "teacher", "teacher_few_step", "undistilled", "stage3", "online_lpm")  # rows in pictures and films
@@ -64,8 +64,10 @@ def _figures(bench: Bench, rows: list[str]) -> list[Figure]:
     for (name, _), index in zip(FILMED.items(), chosen, strict=True):
         panels: dict[str, Tensor] = {row: decode(bench.codec, clips[row][index : index + 1])[0] for row in shown}
         wave = _heard(bench.test, bench, index)
-        film = mp4_bytes(side_by_side(panels, scale=3), wave, scale=1)
-        figures.append(Figure(name.capitalize(), f"{bench.test.captions[index]}", film, "mp4"))
+        film = side_by_side(panels, scale=3)
+        poster = png_bytes(as_image(film[len(film) // 2]))
+        caption = bench.test.captions[index]
+        figures.append(Figure(name.capitalize(), caption, mp4_bytes(film, wave, scale=1), "mp4", poster))
     return figures
 
 

@@ -13,14 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from evaluation.sync import FPS
 from student.causal_dit import CausalDiT
 from student.stream import stream
-from teacher.codec import PCACodec
+from teacher.codec import STRIDE, PCACodec
 from teacher.conditions import Conditions
 from teacher.dit import DiT
 from teacher.flow import schedule
 from teacher.guidance import Guidance, guided_velocity
 from teacher.sampler import SAMPLERS
+
+LATENT_FPS = FPS / STRIDE[0]
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class BenchConfig:
     text: float = 1.5  # guidance of the teacher
     audio: float = 1.5
     batch_size: int = 16
-    clips: int = 32
+    clips: int = 64
     stream_seconds: float = 60.0
     stream_characters: int = 8
     teacher_stream_seconds: float = 20.0  # clip after clip: the teacher does not stream
@@ -86,7 +89,7 @@ def make_clips(generate: Generate, cond: Conditions, config: BenchConfig, seed: 
         parts.append(generate(cond.select(slice(start, start + config.batch_size)), generator))
     seconds = time.perf_counter() - began
     latents = torch.cat(parts)
-    return latents, seconds / (len(latents) * latents.shape[1] / 6)
+    return latents, seconds / (len(latents) * latents.shape[1] / LATENT_FPS)
 
 
 @torch.no_grad()

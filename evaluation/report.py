@@ -55,6 +55,7 @@ class Figure:
     caption: str
     data: bytes
     kind: Literal["png", "jpeg", "mp4"]
+    poster: bytes = b""  # png shown before a film plays
 
 
 def write_report(
@@ -204,7 +205,8 @@ def charts(found: Sequence[Chart]) -> str:
 def figure(shot: Figure) -> str:
     """A picture or a film with its caption."""
     address, name = data_uri(shot.data, shot.kind), escape(shot.title)
-    film = f'<video controls loop playsinline preload="metadata" src="{address}"></video>'
+    poster = f' poster="{data_uri(shot.poster, "png")}"' if shot.poster else ""
+    film = f'<video controls loop playsinline preload="metadata"{poster} src="{address}"></video>'
     picture = f'<img alt="{name}" src="{address}">'
     caption = f"<figcaption><b>{name}</b> {escape(shot.caption)}</figcaption>"
     return f"<figure>{film if shot.kind == 'mp4' else picture}{caption}</figure>"

@@ -83,7 +83,7 @@ def contact_sheet(rows: Sequence[tuple[str, Tensor]], columns: int = 8, scale: i
         top = bar + r * (height + gap)
         draw.text((margin, top + height / 2), label, fill=INK, font=letters, anchor="lm")
         for c, picture in enumerate(enlarge(frames[times], scale)):
-            sheet.paste(Image.fromarray(picture.permute(1, 2, 0).numpy()), (left + c * (width + gap), top))
+            sheet.paste(as_image(picture), (left + c * (width + gap), top))
             if r == 0:
                 middle = left + c * (width + gap) + width / 2
                 draw.text((middle, bar / 2), f"{times[c] / FPS:.2f} s", fill=QUIET, font=font(6 * scale), anchor="mm")
@@ -124,6 +124,11 @@ def paper(num_frames: int, height: int, width: int) -> Tensor:
 def as_tensor(image: Image.Image) -> Tensor:
     """RGB picture -> uint8 [3, H, W]"""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def as_image(picture: Tensor) -> Image.Image:
+    """uint8 [3, H, W] -> RGB picture"""
+    return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
 
 
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
