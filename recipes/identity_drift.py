@@ -37,9 +37,13 @@ def term(roll: Roll, roles: Roles, cfg: Config) -> Term:
     embedder = roles.embedder
     if embedder is None:
         raise ValueError("identity_drift needs an embedder; `make data` trains one.")
+    known = roll.cond.ref_mask.any(1)  # a character without any image is like nobody
+    if not known.any():
+        return Term(0 * roll.x0.sum())
     with torch.no_grad():
-        pool = embedder(roll.cond.refs)  # [B, R, E]
-    similarity = reference_similarity(embedder(roll.x0), pool, roll.cond.ref_mask, cfg.temperature)  # [B, T]
+        pool = embedder(roll.cond.refs[known])  # [B, R, E]
+    faces = embedder(roll.x0[known])
+    similarity = reference_similarity(faces, pool, roll.cond.ref_mask[known], cfg.temperature)  # [B, T]
     chunks = rearrange(similarity, "b (i k) -> b i k", k=roles.stream.chunk_frames).mean(-1)  # [B, chunks]
     anchor = (float(embedder.natural) - chunks).relu().mean()
     drift = (chunks[:, :1].detach() - chunks - cfg.margin).relu().mean()
