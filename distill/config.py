@@ -35,16 +35,11 @@ class OptimConfig:
     weight_decay: float = bounded(0.0, 0.0)
     warmup_steps: int = bounded(0, 0)
     schedule: str = choice("constant", "cosine", default="constant")
-    restarts: tuple[int, ...] = ()  # steps after which the cosine begins anew, each time from half the rate
     eps: float = bounded(1e-8, 0.0)
 
     def __post_init__(self) -> None:
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas {self.betas} must both lie in [0, 1)")
-        if list(self.restarts) != sorted(set(self.restarts)) or any(
-            step <= self.warmup_steps for step in self.restarts
-        ):
-            raise ValueError(f"restarts {self.restarts} must rise and come after the warm-up")
 
 
 @dataclass(frozen=True)
@@ -63,6 +58,7 @@ class TrainConfig:
     keep: int = bounded(2, 2)
     max_nonfinite: int = bounded(5, 1)
     precision: str = choice("fp32", "bf16", default="fp32")
+    compile: bool = False  # the trained networks' blocks with torch.compile; needs a C++ compiler
 
 
 @dataclass(frozen=True)

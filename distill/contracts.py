@@ -33,12 +33,14 @@ class Roll:
     """Samples that terms speak about.
 
     x0 [B, T, C, H, W]: clean latents, the student's (with its graph, in a phase that trains it) or the data's.
-    target: what x0 should have been, where that is known. age [T]: chunk number of every frame since its stream began.
+    target: what x0 should have been, where that is known. real: the data's clip under the same conditions. age [T]:
+    chunk number of every frame since its stream began.
     """
 
     x0: Tensor
     cond: Conditions
     target: Tensor | None = None
+    real: Tensor | None = None
     age: Tensor | None = None
     logs: dict[str, Tensor] = field(default_factory=dict)
 

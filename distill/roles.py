@@ -2,13 +2,14 @@
 
 teacher   the run's own teacher, or the kept one            frozen, except in stage `teacher`
 student   the parent's averaged student, or the teacher's   causal
-critic    the parent's critic, or the teacher's             bidirectional
+critic    the parent's critic, or the teacher's             bidirectional, with the heads that its terms train
 backbone  the parent's averaged student, frozen             causal, beside a refiner
 refiner   the parent's averaged student                     causal
 """
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import torch
@@ -55,22 +56,38 @@ def build_roles(recipe: Recipe, teacher: Manifest | None, parent: Manifest | Non
     models = {"teacher": network(recipe.model, teacher, "ema")}
     for role in dict.fromkeys([*trained, *(["backbone"] if "refiner" in trained else [])]):
         source, part = _origin(role, parent, teacher)
-        dit = network(recipe.model, source, part)
-        models[role] = dit if role == "critic" else CausalDiT(dit, recipe.student)
+        if role == "critic":
+            models[role] = network(recipe.model, source, part, term_heads(recipe))
+        else:
+            models[role] = CausalDiT(network(recipe.model, source, part), recipe.student)
     embedder = IdentityEmbedder.load(data / "embedder")
     return Roles(models, recipe.student, dataset.load_codec(data), embedder)
 
 
-def network(config: DiTConfig, source: Manifest, part: str) -> DiT:
-    """A DiT with the weights of one part of a checkpoint."""
+def network(config: DiTConfig, source: Manifest, part: str, heads: nn.ModuleDict | None = None) -> DiT:
+    """A DiT with the weights of one part of a checkpoint. Heads that the checkpoint lacks stay as they start, heads of
+    the checkpoint that are not asked for are left out."""
     model = DiT(config)
+    if heads:
+        model.add_module("heads", heads)
     tensors = {name.removeprefix("dit."): t.float() for name, t in checkpoint.load(source.path, part).items()}
+    own = {name: t for name, t in model.state_dict().items() if name.startswith("heads.")}
+    tensors = own | {name: t for name, t in tensors.items() if name in own or not name.startswith("heads.")}
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         raise UserError(f"The weights {source.path}/{part} do not fit the recipe's model: {first}") from None
     return model
+
+
+def term_heads(recipe: Recipe) -> nn.ModuleDict:
+    """What terms learn for themselves on the critic's features: `head(config)` of their modules, by term."""
+    names = dict.fromkeys(term.name for phase in recipe.phases for term in phase.terms)
+    makers = {name: getattr(importlib.import_module(f"recipes.{name}"), "head", None) for name in names}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return nn.ModuleDict({name: make(recipe.model) for name, make in makers.items() if make is not None})
 
 
 def _origin(role: str, parent: Manifest | None, teacher: Manifest) -> tuple[Manifest, str]:

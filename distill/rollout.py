@@ -5,8 +5,8 @@
             as target (causal ODE regression; CausVid, arXiv 2412.07772).
 `renoised`  the trajectory's end, noised afresh -> the student's x0 (off-policy distribution matching).
 
-The history given to a chunk is the trajectory's own end, at the stream's history noise. On-policy rollouts live in
-`recipes/self_forcing.py`.
+The history given to a chunk is the trajectory's own end: for half of the clips at the stream's history noise, as the
+backbone will see it, for the others clean, as the refiner will. On-policy rollouts live in `recipes/self_forcing.py`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def teacher(batch: Batch, roles: Roles, cfg: TrajectoryRollConfig) -> Roll:
     rows = torch.arange(len(states))[:, None]
     frames = torch.arange(states.shape[2])[None]
     xt = states[rows, choice, frames]  # [B, T, C, H, W]
-    return _teacher_forced(batch, roles, xt, t, states[:, -1])
+    return teacher_forced(batch, roles, xt, t, states[:, -1])
 
 
 def renoised(batch: Batch, roles: Roles, cfg: TrajectoryRollConfig) -> Roll:
@@ -69,7 +69,7 @@ def renoised(batch: Batch, roles: Roles, cfg: TrajectoryRollConfig) -> Roll:
     states = roles.trajectories.states(batch.index)
     _, t = _step_per_chunk(states, roles)
     x0 = states[:, -1]
-    return _teacher_forced(batch, roles, add_noise(x0, roles.noise(x0, "rollout/noise"), t), t, x0)
+    return teacher_forced(batch, roles, add_noise(x0, roles.noise(x0, "rollout/noise"), t), t, x0)
 
 
 ROLLOUTS = {
@@ -88,10 +88,11 @@ def _step_per_chunk(states: Tensor, roles: Roles) -> tuple[Tensor, Tensor]:
     return choice, steps[choice].to(states.device)
 
 
-def _teacher_forced(batch: Batch, roles: Roles, xt: Tensor, t: Tensor, x0: Tensor) -> Roll:
-    noise = roles.stream.history_noise
-    t_hist = torch.full((len(x0),), noise, dtype=torch.float64, device=x0.device)
+def teacher_forced(batch: Batch, roles: Roles, xt: Tensor, t: Tensor, x0: Tensor) -> Roll:
+    """The student's x0 at states xt, times t [B] or [B, T], every chunk under the past that clean x0 gives it."""
+    noisy = torch.rand(len(x0), generator=roles.generator("rollout/history level")) < 0.5
+    t_hist = (noisy.double() * roles.stream.history_noise).to(x0.device)
     hist = add_noise(x0, roles.noise(x0, "rollout/history"), t_hist)
     student = roles.causal("student")
     v = student(xt, t, batch.cond, hist, t_hist)
-    return Roll(x0_from_v(xt, v, t), batch.cond, target=x0)
+    return Roll(x0_from_v(xt, v, t), batch.cond, target=x0, real=batch.latents)

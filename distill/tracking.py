@@ -1,7 +1,8 @@
 """What a run tells while it works: a progress bar or plain lines, TensorBoard, metrics.jsonl, and how it is stopped.
 
 `Tracker.log(step, {"train/dmd": value, ...})` is called at every step; values are averaged over `log_every` steps and
-then go to all three places. After a resume, records beyond the resumed step are dropped, so the curves have no doubles.
+then go to all three places. After a resume, records beyond the resumed step are dropped and `pending` continues an
+interval that the checkpoint cut in two: the curves are those of a run that was never stopped.
 """
 
 import json
@@ -36,22 +37,24 @@ class Tracker:
         start_step: int = 0,
         log_every: int = 10,
         say: Callable[[str], None] = tqdm.write,
+        pending: Mapping[str, tuple[float, int]] | None = None,
     ) -> None:
+        """pending: what `pending()` returned when the checkpoint of `start_step` was saved."""
         self.folder, self.total, self.log_every, self.say = Path(folder), total_steps, log_every, say
         self.bar = tqdm(
             total=total_steps, initial=start_step, desc=description, unit="step", disable=not sys.stderr.isatty()
         )
         self.step = start_step
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.sums = {name: torch.tensor(total) for name, (total, _) in (pending or {}).items()}
+        self.counts = {name: count for name, (_, count) in (pending or {}).items()}
         self.since, self.since_step = time.monotonic(), start_step
         self.begun, self.begun_step = self.since, start_step
         self.metrics = self.folder / "metrics.jsonl"
-        truncate(self.metrics, start_step)
+        truncate(self.metrics, start_step if start_step else -1)  # from the beginning, step 0 is measured again
         self.records = open(self.metrics, "a", encoding="utf-8")
         from torch.utils.tensorboard import SummaryWriter  # imported here: it costs a second
 
-        self.writer = SummaryWriter(str(self.folder / "tb"), purge_step=start_step + 1 if start_step else None)
+        self.writer = SummaryWriter(str(self.folder / "tb"), purge_step=start_step + 1 if start_step else 0)
 
     def log(self, step: int, scalars: Mapping[str, float | Tensor]) -> None:
         """Take in the scalars of one step; every `log_every` steps their means are written."""
@@ -64,6 +67,10 @@ class Tracker:
         if step % self.log_every == 0 or step == self.total:
             self._write()
 
+    def pending(self) -> dict[str, tuple[float, int]]:
+        """(sum, count) of every scalar since the last record: goes into the checkpoint, exact as JSON."""
+        return {name: (total.item(), self.counts[name]) for name, total in self.sums.items()}
+
     def event(self, step: int, scalars: Mapping[str, float]) -> None:
         """Scalars that are measured once in a while (`eval/...`, `health/...`): written as they are, at once."""
         for name, value in scalars.items():
@@ -75,8 +82,7 @@ class Tracker:
         self.writer.add_image(tag, image, step, dataformats="HWC")
 
     def close(self) -> None:
-        if self.sums:
-            self._write()
+        """Close the files. Half an interval is not written: after a resume it would stand there besides the whole."""
         self.bar.close()
         self.records.close()
         self.writer.close()

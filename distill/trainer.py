@@ -54,10 +54,16 @@ class Trainer:
             engine,
             parent,
         )
+        # Found once: recipe files that change on the disk must not reach a run that is under way.
+        self.terms = {spec.name: term_function(spec.name) for phase in recipe.phases for spec in phase.terms}
+        self.rollout = rollout_function(recipe.rollout.kind) if recipe.rollout is not None else None
         self.trained = list(dict.fromkeys(phase.update for phase in recipe.phases))
         self.product = next(role for role in self.trained if role != "critic")  # what the stage is for
         for role, model in roles.models.items():
             model.to(engine.device).requires_grad_(role in self.trained)
+        if recipe.train.compile:
+            for role in self.trained:
+                engine.compile(roles.models[role])
         self.optimizers = {r: engine.optimizer(roles.models[r], recipe.optimizer[r]) for r in self.trained}
         self.ema = EMA(roles.models[self.product], recipe.train.ema, recipe.train.ema_start)
         self.step, self.skipped = 0, 0
@@ -141,15 +147,15 @@ class Trainer:
     def roll(self, batch: Batch, roles: Roles, phase: Phase) -> Roll:
         """The recipe's rollout; the critic learns from samples that carry no graph."""
         spec = self.recipe.rollout
-        assert spec is not None
+        assert spec is not None and self.rollout is not None
         with torch.set_grad_enabled(phase.update != "critic"):
-            return rollout_function(spec.kind)(batch, roles, spec.config)
+            return self.rollout(batch, roles, spec.config)
 
     def loss(self, roll: Roll, roles: Roles, phase: Phase, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the phase's terms, and every part of it under the name it has in the curves."""
         total, logs = torch.zeros((), device=self.engine.device), dict(roll.logs)
         for spec in phase.terms:
-            term = term_function(spec.name)(roll, roles, spec.config)
+            term = self.terms[spec.name](roll, roles, spec.config)
             ramp = min(1.0, step / spec.ramp_steps) if spec.ramp_steps else 1.0
             total = total + spec.weight * ramp * term.value
             name = spec.name if phase.update == self.product else f"{phase.update}_{spec.name}"
@@ -215,12 +221,10 @@ class Trainer:
 
 
 def learning_rate(config: OptimConfig, step: int, total: int) -> float:
-    """Linear warm-up, then constant, or half a cosine down to a hundredth, anew after every restart (SGDR)."""
+    """Linear warm-up, then constant, or half a cosine down to a hundredth."""
     if step <= config.warmup_steps:
         return config.lr * step / max(config.warmup_steps, 1)
     if config.schedule == "constant":
         return config.lr
-    edges = [config.warmup_steps, *config.restarts, total]
-    cycle = sum(step > edge for edge in config.restarts)
-    done = (step - edges[cycle]) / max(edges[cycle + 1] - edges[cycle], 1)
-    return config.lr / 2**cycle * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
+    done = (step - config.warmup_steps) / max(total - config.warmup_steps, 1)
+    return config.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)

@@ -36,7 +36,7 @@ class Config:
 def roll_self(batch: Batch, roles: Roles, cfg: Config) -> Roll:
     """The student's own rollout; x0 [B, T, ...] is its last clip."""
     student, stream = roles.causal("student"), roles.stream
-    plan = _plan(batch.cond, roles, cfg)
+    plan = _plan(batch, roles, cfg)
     exit_step = int(torch.randint(len(stream.steps), (), generator=roles.generator("rollout/exit", shared=True)))
     noise = roles.generator("rollout/noise")
     cache = student.start(plan.cond)
@@ -53,7 +53,7 @@ def roll_self(batch: Batch, roles: Roles, cfg: Config) -> Roll:
 def roll_refine(batch: Batch, roles: Roles, cfg: Config) -> Roll:
     """The refiner on the backbone's drafts; x0 [B, T, ...] is its last clip."""
     backbone, refiner, stream = roles.causal("backbone"), roles.causal("refiner"), roles.stream
-    plan = _plan(batch.cond, roles, cfg)
+    plan = _plan(batch, roles, cfg)
     noise = roles.generator("rollout/noise")
     with torch.no_grad():
         draft_cache = backbone.start(plan.cond)
@@ -79,16 +79,17 @@ class _Plan:
     cond: Conditions  # of the whole rollout
     chunks: int
     clip: int  # latent frames that the teacher scores
+    real: Tensor | None  # the data's clip under the same conditions
 
 
-def _plan(cond: Conditions, roles: Roles, cfg: Config) -> _Plan:
+def _plan(batch: Batch, roles: Roles, cfg: Config) -> _Plan:
     """Draw the rollout's length, the same on all ranks, and join the audio for it."""
-    clip, size = cond.num_frames, roles.stream.chunk_frames
+    clip, size = batch.cond.num_frames, roles.stream.chunk_frames
     shortest = clip // size
     if cfg.chunks < shortest:
         raise ValueError(f"rollout.chunks {cfg.chunks} is shorter than the clip, which has {shortest} chunks.")
     chunks = int(torch.randint(shortest, cfg.chunks + 1, (), generator=roles.generator("rollout/length", shared=True)))
-    return _Plan(longer(cond, chunks * size), chunks, clip)
+    return _Plan(longer(batch.cond, chunks * size), chunks, clip, batch.latents)
 
 
 def longer(cond: Conditions, frames: int) -> Conditions:
@@ -117,4 +118,4 @@ def _scored(chunks: list[Tensor], plan: _Plan) -> Roll:
     total = sum(chunk.shape[1] for chunk in chunks)
     size = chunks[0].shape[1]
     age = torch.arange(total - plan.clip, total, device=x0.device) // size
-    return Roll(x0, plan.cond.frames(total - plan.clip, total), age=age)
+    return Roll(x0, plan.cond.frames(total - plan.clip, total), real=plan.real, age=age)

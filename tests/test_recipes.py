@@ -206,8 +206,8 @@ def test_the_teacher_rollout_takes_each_chunk_at_the_state_of_its_own_time() -> 
     (_, t, hist, t_hist) = oracle.given[0]
     assert set(t.flatten().tolist()) == set(STREAM.steps)
     assert torch.equal(t[:, 0::2], t[:, 1::2]) and not torch.equal(t[:, 0], t[:, 2])  # one time per chunk
-    assert (t_hist == 0.1).all()
-    torch.testing.assert_close((hist - 0.9 * paths.x0) / 0.1, roles.noise(paths.x0, "rollout/history"))
+    assert set(t_hist.tolist()) == {0.0, 0.1}  # the refiner's history and the backbone's
+    torch.testing.assert_close(hist, add_noise(paths.x0, roles.noise(paths.x0, "rollout/history"), t_hist))
 
 
 def test_the_renoised_rollout_noises_the_end_of_the_path_afresh() -> None:
@@ -297,6 +297,18 @@ def test_identity_terms_pull_towards_the_reference() -> None:
     assert x0.grad is not None
     moved = (x0 - x0.grad).detach()
     assert (Compass()(moved)[0, :, 0] > 0.6).all()
+
+
+def test_a_character_without_references_adds_nothing_and_spoils_nothing() -> None:
+    roles = small_roles(STREAM, embedder=Compass())
+    x0 = torch.cat([facing(0.6, 0.6), facing(0.1, 0.1)]).detach().requires_grad_()
+    cond = replace(conditions(2, batch=2), refs=facing(1.0, 1.0).detach().expand(2, -1, -1, -1, -1))
+    cond.ref_mask[1] = False
+    for mask, value in ((cond.ref_mask, 0.2), (torch.zeros_like(cond.ref_mask), 0.0)):
+        term = identity_drift.term(Roll(x0, replace(cond, ref_mask=mask)), roles, identity_drift.Config())
+        (gradient,) = torch.autograd.grad(term.value, x0)
+        assert term.value.item() == pytest.approx(value) and gradient.isfinite().all()
+        assert gradient[1].eq(0).all() and gradient[0].ne(0).any() == (value > 0)
 
 
 def test_likeness_is_a_soft_maximum_over_the_images_that_are_there() -> None:

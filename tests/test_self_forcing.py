@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,17 +15,20 @@ from conftest import (
     has_gradient,
     latents,
     normal,
+    small_dit,
     small_roles,
     small_student,
 )
 from torch import Tensor, nn
 
+from distill.config import rollout_function
 from distill.contracts import Roles
-from recipes import dmd, self_forcing
+from recipes import dmd, flow_matching, identity_drift, ode_regression, perceptual, self_forcing
 from student.causal_dit import CausalDiT, StreamConfig
-from student.kv_cache import KVCache
+from student.kv_cache import ChunkKV, KVCache
 from student.stream import gaussian, stream
 from teacher.conditions import AUDIO_PER_LATENT, PAST, Conditions
+from teacher.embedder import IdentityEmbedder
 from teacher.flow import add_noise, x0_from_v
 
 STREAM = StreamConfig(chunk_frames=2, sink_chunks=1, window_chunks=1, steps=(1.0, 0.8, 0.45), history_noise=0.1)
@@ -73,17 +77,16 @@ def test_own_rollout_gradient_flows_through_the_exit_step_only(wanted: int) -> N
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_only_the_last_grad_chunks_carry_gradient() -> None:
-    roles = small_roles(STREAM)
-    roll = self_forcing.roll_self(batch_of(conditions(8)), roles, self_forcing.Config(chunks=4, grad_chunks=2))
+@pytest.mark.parametrize(("grad_chunks", "recompute"), [(1, False), (2, False), (2, True), (3, False), (4, False)])
+def test_only_the_last_grad_chunks_carry_gradient(grad_chunks: int, recompute: bool) -> None:
+    roles = small_roles(STREAM, {"student": small_student(STREAM, 3, checkpoint_blocks=recompute)})
+    cfg = self_forcing.Config(chunks=4, grad_chunks=grad_chunks)
+    roll = self_forcing.roll_self(batch_of(conditions(8)), roles, cfg)
     weights = list(roles.models["student"].parameters())
-    early = torch.autograd.grad(
-        roll.x0[:, :4].sum(), weights, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    assert all(torch.count_nonzero(g) == 0 for g in early)
-    for frame in (4, 6):
-        late = torch.autograd.grad(roll.x0[:, frame].sum(), weights, retain_graph=True, allow_unused=True)
-        assert any(g is not None and g.abs().sum() > 0 for g in late)
+    for chunk in range(4):
+        told = roll.x0[:, 2 * chunk : 2 * chunk + 2].sum()
+        found = torch.autograd.grad(told, weights, retain_graph=True, allow_unused=True, materialize_grads=True)
+        assert any(g.abs().sum() > 0 for g in found) == (chunk >= 4 - grad_chunks)
 
 
 def test_exit_step_and_length_are_the_same_on_all_ranks_and_the_noise_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,12 +148,64 @@ def test_longer_audio_ends_with_the_own_clip_and_has_seams_only_between_clips(fr
         assert torch.equal(joined.speak, named)
 
 
-def test_the_refiner_learns_and_the_backbone_does_not() -> None:
-    models: dict[str, nn.Module] = {"backbone": small_student(STREAM, 4), "refiner": small_student(STREAM, 5)}
-    roles, cond = small_roles(STREAM, models), conditions(4)
-    roll = self_forcing.roll_refine(batch_of(cond), roles, self_forcing.Config(chunks=2))
-    dmd.term(roll, roles, dmd.Config()).value.backward()
-    assert has_gradient(models["refiner"]) and not has_gradient(models["backbone"])
+def test_nothing_that_is_remembered_carries_gradient_from_chunk_to_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Tensor] = []
+    written: list[Tensor] = []
+    denoise, push = self_forcing.denoise_chunk, KVCache.push
+
+    def spy(*arguments, **named) -> Tensor:
+        made.append(denoise(*arguments, **named))
+        return made[-1]
+
+    def write(self: KVCache, chunk: ChunkKV) -> KVCache:
+        written.extend(tensor for pair in chunk for tensor in pair)
+        return push(self, chunk)
+
+    monkeypatch.setattr(self_forcing, "denoise_chunk", spy)
+    monkeypatch.setattr(KVCache, "push", write)
+    self_forcing.roll_self(batch_of(conditions(6)), small_roles(STREAM), self_forcing.Config(chunks=3, grad_chunks=3))
+    assert len(made) == 3 and all(x0.requires_grad for x0 in made)
+    assert len(written) == 3 * 2 * 2 and not any(tensor.requires_grad for tensor in written)
+    for index in (1, 2):
+        before = torch.autograd.grad(made[index].sum(), made[:index], allow_unused=True, retain_graph=True)
+        assert before == (None,) * index
+
+
+# ---- who learns from what ---------------------------------------------------------------------------------
+
+ROUTES = [  # rollout, term, its configuration, the one role that learns
+    ("data", flow_matching, flow_matching.Config(role="teacher"), "teacher"),
+    ("teacher", ode_regression, ode_regression.Config(), "student"),
+    ("teacher", flow_matching, flow_matching.Config(), "critic"),
+    ("renoised", dmd, dmd.Config(), "student"),
+    ("renoised", perceptual, perceptual.Config(), "student"),
+    ("renoised", flow_matching, flow_matching.Config(), "critic"),
+    ("self", dmd, dmd.Config(), "student"),
+    ("self", identity_drift, identity_drift.Config(), "student"),
+    ("self", flow_matching, flow_matching.Config(), "critic"),
+    ("refine", dmd, dmd.Config(), "refiner"),
+    ("refine", identity_drift, identity_drift.Config(), "refiner"),
+    ("refine", flow_matching, flow_matching.Config(), "critic"),
+]
+
+
+@pytest.mark.parametrize(("kind", "term", "cfg", "learner"), ROUTES, ids=lambda part: getattr(part, "__name__", None))
+def test_a_term_gives_gradient_to_the_role_it_names_and_to_no_other(kind, term, cfg, learner: str) -> None:
+    """Though every network could learn, the teacher and the backbone too: the terms are pure, not the trainer kind."""
+    stored = torch.stack([latents(4, seed=seed) for seed in range(4)], 1)
+    models: dict[str, nn.Module] = {
+        "backbone": small_student(STREAM, 4),
+        "refiner": small_student(STREAM, 5),
+        "teacher": small_dit(1),
+    }
+    embedder = IdentityEmbedder(4, 4, 4).double().requires_grad_(False)
+    trajectories = SimpleNamespace(states=lambda index: stored[index])
+    roles = small_roles(STREAM, models, embedder=embedder, trajectories=trajectories)
+    assert all(p.requires_grad for model in roles.models.values() for p in model.parameters())
+    settings = self_forcing.Config(chunks=2) if kind in self_forcing.ROLLOUTS else None
+    roll = rollout_function(kind)(batch_of(conditions(4), latents(4)), roles, settings)
+    term.term(roll, roles, cfg).value.backward()
+    assert {role for role, model in roles.models.items() if has_gradient(model)} == {learner}
 
 
 def test_the_refiner_rollout_is_the_stream_that_ships() -> None:
