@@ -23,7 +23,7 @@ RUN_IT = $(PYTHON) -m distill
 
 .DEFAULT_GOAL := help
 .PHONY: help online-lpm data teacher keep-teacher trajectories distill distill-stage1 distill-stage2 distill-stage3 distill-stage4 \
-        export evaluate report doctor lineage recipes validate runs diff test mutants lint types gpu ci smoke clean clean-venv
+        export evaluate report doctor lineage recipes validate runs diff test mutants objectives lint types gpu ci smoke clean clean-venv
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -98,6 +98,9 @@ test: $(VENV)/.dev ## run the tests
 
 mutants: $(VENV)/.dev ## break one thing at a time and see that a test notices (about ten minutes)
 	@OMP_NUM_THREADS=1 $(PYTHON) tests/mutants.py
+
+objectives: $(VENV)/.dev ## train every objective against an exact teacher and write docs/OBJECTIVES.md (half a minute)
+	@OMP_NUM_THREADS=1 $(PYTHON) tests/objectives_table.py
 
 lint: $(VENV)/.dev ## ruff
 	@$(PYTHON) -m ruff check .

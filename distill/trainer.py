@@ -67,6 +67,7 @@ class Trainer:
         self.optimizers = {r: engine.optimizer(roles.models[r], recipe.optimizer[r]) for r in self.trained}
         self.ema = EMA(roles.models[self.product], recipe.train.ema, recipe.train.ema_start)
         self.step, self.skipped = 0, 0
+        self.pending: dict[str, tuple[float, int]] = {}  # of an interval of the curves that a checkpoint cuts in two
         # Counted per role: a healthy critic must not hide a student that stands still.
         self.skipped_in_row = dict.fromkeys(self.trained, 0)
 
@@ -79,7 +80,9 @@ class Trainer:
         description = f"{self.recipe.name} ({self.recipe.stage})"
         saved: Path | None = None
         with (
-            Tracker(self.run.folder, steps, description, self.step, train.log_every, self.run.say) as tracker,
+            Tracker(
+                self.run.folder, steps, description, self.step, train.log_every, self.run.say, self.pending
+            ) as tracker,
             StopSignal(self.run.say) as stop,
         ):
             if sampler is not None and self.step == 0:
@@ -96,6 +99,7 @@ class Trainer:
                 if sampler is not None and (step % train.sample_every == 0 or step == steps):
                     self.show(sampler, tracker)
                 if step % train.save_every == 0 or step == steps or stop.requested:
+                    self.pending = tracker.pending()
                     saved = self.save({name: float(value) for name, value in logs.items()})
                 if stop.requested and step < steps:
                     raise stop.error(step)
@@ -192,7 +196,12 @@ class Trainer:
             state["ema"] = self.ema.state()
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
             meta = describe(self.recipe, self.step, self.parent, self.source.fingerprint, finite)
-            progress = {"step": self.step, "skipped": self.skipped, "in_row": self.skipped_in_row}
+            progress = {
+                "step": self.step,
+                "skipped": self.skipped,
+                "in_row": self.skipped_in_row,
+                "pending": self.pending,
+            }
             folder = checkpoint.save(
                 self.run.checkpoints, self.step, state, meta, self.recipe.train.keep, progress=progress
             )
@@ -212,6 +221,7 @@ class Trainer:
         self.ema.load(checkpoint.load(found.path, "ema"))
         self.step, self.skipped = found.progress["step"], found.progress["skipped"]
         self.skipped_in_row |= found.progress.get("in_row", {})
+        self.pending = found.progress.get("pending", {})
 
     def averaged_roles(self) -> Roles:
         """The roles with the product's averaged weights in a copy, for samples and scores."""

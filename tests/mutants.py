@@ -26,19 +26,22 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
             "return t / (shift - (shift - 1) * t)",
             "shift and its inverse swapped",
         ),
+        ("t / (shift - (shift - 1) * t)\n", "t / (shift + (shift - 1) * t)\n", "unshift with the wrong sign"),
+        ("return xt - per_frame(t, xt) * v", "return xt - (1 - per_frame(t, xt)) * v", "x0 with eps's weight"),
+        ("return xt + (1 - per_frame(t, xt)) * v", "return xt + per_frame(t, xt) * v", "eps with x0's weight"),
     ],
     ("teacher/guidance.py", "teacher"): [
         ('"none": 1 - guidance.text', '"none": -guidance.text', "guidance as c + s (c - u)"),
         ('"text": cond.drop(audio=True)', '"text": cond.drop(text=True)', "wrong middle branch"),
     ],
-    ("teacher/rope.py", "student teacher"): [
+    ("teacher/rope.py", "cache teacher"): [
         (
             "positions + torch.tensor([frames, 0, 0]",
             "positions + torch.tensor([0, frames, 0]",
             "time moved along the rows",
         ),
     ],
-    ("teacher/attention.py", "teacher student"): [
+    ("teacher/attention.py", "teacher cache"): [
         ("angles[-x.shape[1] :]", "angles[: x.shape[1]]", "queries at the places of the context"),
         (
             "return padding if mask is None else padding & mask",
@@ -50,6 +53,13 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
             "keys = torch.cat([*(kv.k.to(k.dtype).detach() for kv in context), k], 1)",
             "cached keys detached in the network",
         ),
+        ("if mask is None and q.is_cuda", "if q.is_cuda", "flash-attn in spite of a mask"),
+        (
+            "return flash(q, k, v)",
+            "return flash(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)",
+            "flash-attn with heads before tokens",
+        ),
+        (" and q.dtype in (torch.bfloat16, torch.half)", "", "flash-attn in fp32"),
     ],
     ("teacher/blocks.py", "teacher"): [
         ("past + 1 - self.window :", "past + 2 - self.window :", "audio one frame late"),
@@ -68,15 +78,40 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("teacher/codec.py", "teacher"): [
         ("(z * self.scale) @ self.basis.T", "z @ self.basis.T", "decoder without scale"),
     ],
-    ("student/mask.py", "student"): [
+    ("student/mask.py", "cache student"): [
         ("column >= row - window", "column > row - window", "window one chunk short"),
         ("(column < row)", "(column <= row + 1)", "the next chunk is seen"),
         ("(column < sink)", "(column <= sink)", "sink one chunk too long"),
+        ("torch.ones(len(mask), refs,", "torch.zeros(len(mask), refs,", "references are not seen"),
+        (
+            "_per_token(torch.cat([past, torch.eye(chunks, dtype=torch.bool)], 1)",
+            "_per_token(torch.cat([past, torch.eye(chunks, dtype=torch.bool) | past], 1)",
+            "the noisy past is seen beside the given history",
+        ),
+        (
+            "_per_token(torch.cat([past, torch.eye",
+            "_per_token(torch.cat([past | torch.eye(chunks, dtype=torch.bool), torch.eye",
+            "a chunk sees its own clean end",
+        ),
     ],
-    ("student/kv_cache.py", "student"): [
+    ("student/kv_cache.py", "cache"): [
         ("[-self.window_chunks :]", "[-self.window_chunks - 1 :]", "window of the cache one chunk too long"),
         ("return len(self.visible) * self.grid[0]", "return self.seen * self.grid[0]", "absolute positions"),
         ("moved(base, index * self.grid[0])", "moved(base, index * self.grid[0] + 1)", "RoPE offset of the history"),
+        (
+            "grid_positions(*self.grid), self.start)",
+            "grid_positions(*self.grid), self.start + 1)",
+            "RoPE offset of now",
+        ),
+        ("len(self.sink) < self.sink_chunks", "len(self.sink) <= self.sink_chunks", "sink of the cache too long"),
+        (
+            "        return replace(self, window=window, seen=self.seen + 1)",
+            "        self.__dict__.setdefault('kept', []).append(chunk)\n"
+            "        new = replace(self, window=window, seen=self.seen + 1)\n"
+            "        new.__dict__['kept'] = self.__dict__['kept']\n"
+            "        return new",
+            "forgotten chunks stay in memory",
+        ),
         (
             "        window = (*self.window, chunk)[-self.window_chunks :] if self.window_chunks else ()\n",
             "        window = (*self.window, chunk)[-self.window_chunks :] if self.window_chunks "
@@ -88,7 +123,26 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
             "rolling buffer written in place",
         ),
     ],
+    ("student/causal_dit.py", "cache student"): [
+        (
+            "cache.push(self.dit.run(x, t, cond, cache.positions(), cache.context())[1])",
+            "cache.push(self.dit.run(x, t, cond, cache.positions(), cache.refs)[1])",
+            "chunks are remembered without their past",
+        ),
+        ("self.dit.run(hist, t_hist, cond", "self.dit.run(hist, t, cond", "history at the time of the noisy clip"),
+        (
+            "context = [[*ref, KV(k, v, positions)]",
+            "context = [[*ref, KV(k.detach(), v.detach(), positions)]",
+            "given history without gradient",
+        ),
+        (
+            "grid = (self.stream.chunk_frames, rows, columns)",
+            "grid = (self.stream.chunk_frames, columns, rows)",
+            "transposed",
+        ),
+    ],
     ("student/stream.py", "student self_forcing"): [
+        ("@torch.no_grad()\ndef remember_chunk(", "def remember_chunk(", "what is remembered carries gradient"),
         ("and (exit_step is None or index == exit_step)", "", "every step carries gradient"),
         ("if noise else x0", "if noise > 1 else x0", "history never noised"),
         (
@@ -159,6 +213,16 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
             "0.0, noise)\n        chunks.append(x0)\n    return _scored(chunks, plan)\n\n\ndef roll_refine",
             "training under clean history",
         ),
+        (
+            "index >= plan.chunks - cfg.grad_chunks):\n            x0 = denoise_chunk(student",
+            "index > plan.chunks - cfg.grad_chunks):\n            x0 = denoise_chunk(student",
+            "one chunk with gradient too few",
+        ),
+        (
+            "with torch.no_grad():\n            draft = denoise_chunk(",
+            "with torch.enable_grad():\n            draft = denoise_chunk(",
+            "the refiner's loss reaches the backbone",
+        ),
         ("range(pieces - 1, 0, -1)", "range(1, pieces)", "pieces in the wrong order"),
         (
             "plan.cond.frames(total - plan.clip, total)",
@@ -172,6 +236,7 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
             "key = self.key if shared",
             "nothing is shared between ranks",
         ),
+        ("return keyed_generator(*key, tag)", "return keyed_generator(key[0], tag)", "the same noise at every step"),
     ],
     ("distill/trainer.py", "trainer"): [
         ("requires_grad_(role in self.trained)", "requires_grad_(True)", "gradients in the teacher"),
@@ -189,6 +254,31 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("loss / train.grad_accumulation", "loss", "micro steps are summed"),
         ("step, micro, index)", "0, micro, index)", "the same batch at every step"),
         ("spec.weight * ramp * term.value", "spec.weight * term.value", "ramp ignored"),
+    ],
+    ("distill/state/ema.py", "trainer"): [
+        ("1.0 - self.decay", "self.decay", "average and parameter exchanged"),
+    ],
+    ("distill/state/checkpoint.py", "checkpoint"): [
+        (
+            "for path in reversed(folders):\n        reason = verify(path)",
+            "for path in folders:\n        reason = verify(path)",
+            "the oldest checkpoint resumes",
+        ),
+        (
+            "        reason = verify(path)\n        if reason is None:",
+            "        reason = None\n        if reason is None:",
+            "damaged checkpoints resume",
+        ),
+    ],
+    ("distill/tracking.py", "cli resume"): [
+        ("start_step if start_step else -1)", "start_step)", "step 0 stands in the curves twice"),
+        ('["step"] <= step:', '["step"] <= step + 99:', "records beyond the checkpoint stay"),
+        ("{name: count for name, (_, count)", "{name: 0 for name, (_, count)", "half an interval weighs nothing"),
+        (
+            "        self.bar.close()\n        self.records",
+            "        self.sums and self._write()\n        self.records",
+            "half an interval is recorded",
+        ),
     ],
     ("distill/engine.py", "trainer"): [
         ("if wrong:", "if len(wrong) > 10**9:", "bf16 masters are trained"),

@@ -7,6 +7,9 @@ import math
 import pytest
 import torch
 from conftest import latents, normal
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 from teacher import flow
 from teacher.sampler import euler, heun
@@ -21,6 +24,52 @@ def test_x0_v_and_eps_are_recovered_from_each_other(shape: tuple[int, ...]) -> N
     torch.testing.assert_close(flow.eps_from_v(xt, v, t), eps)
     torch.testing.assert_close(flow.v_from_x0(xt, x0, t), v)
     torch.testing.assert_close(flow.v_from_eps(xt, eps, t), v)
+
+
+PREDICTIONS = ("x0", "v", "eps")
+
+
+def predictions(xt: Tensor, t: Tensor, kind: str, value: Tensor) -> dict[str, Tensor]:
+    """What a prediction of one kind means in all three."""
+    v = {"x0": flow.v_from_x0, "v": lambda xt, v, t: v, "eps": flow.v_from_eps}[kind](xt, value, t)
+    return {"x0": flow.x0_from_v(xt, v, t), "v": v, "eps": flow.eps_from_v(xt, v, t)}
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.floats(0.01, 0.99), st.sampled_from(PREDICTIONS), st.sampled_from(PREDICTIONS), st.booleans())
+def test_any_prediction_goes_to_any_other_and_back(time: float, first: str, second: str, by_frame: bool) -> None:
+    """For any numbers at all: a network's x0, v and eps need not be those that made x_t."""
+    xt, value = latents(3, seed=1), latents(3, seed=2)
+    t = torch.full((2, 3) if by_frame else (2,), time, dtype=torch.float64)
+    there = predictions(xt, t, first, value)
+    back = predictions(xt, t, second, there[second])
+    torch.testing.assert_close(back[first], value, rtol=0, atol=1e-10)
+    torch.testing.assert_close(flow.add_noise(there["x0"], there["eps"], t), xt, rtol=0, atol=1e-10)
+    torch.testing.assert_close(flow.velocity(there["x0"], there["eps"]), there["v"], rtol=0, atol=1e-10)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.floats(0, 1), st.floats(0.2, 12), st.floats(0.2, 12))
+def test_shift_and_unshift_are_inverse_both_ways_and_shifts_multiply(time: float, a: float, b: float) -> None:
+    t = torch.tensor(time, dtype=torch.float64)
+    for there, back in ((flow.shift_time, flow.unshift_time), (flow.unshift_time, flow.shift_time)):
+        torch.testing.assert_close(back(there(t, a), a), t, rtol=0, atol=1e-10)
+    torch.testing.assert_close(flow.unshift_time(t, a), flow.shift_time(t, 1 / a), rtol=0, atol=1e-10)
+    torch.testing.assert_close(flow.shift_time(flow.shift_time(t, a), b), flow.shift_time(t, a * b), rtol=0, atol=1e-10)
+    ratio = flow.shift_time(t, a) * (1 - t), a * t * (1 - flow.shift_time(t, a))  # noise to signal, times the shift
+    torch.testing.assert_close(*ratio, rtol=0, atol=1e-10)
+
+
+def test_guiding_v_by_w_is_guiding_x0_or_eps_by_scale_s_of_w_minus_one() -> None:
+    """Ours: v = u + w (c - u). Self-Forcing's: x0 = c + s (c - u), s = guidance_scale 3.0, which is w = 4 here."""
+    s, w = 3.0, 4.0
+    xt, c, u = (latents(3, seed=seed) for seed in (1, 2, 3))
+    t = 0.05 + 0.9 * normal(2, 3, seed=4).sigmoid()
+    guided = predictions(xt, t, "v", u + w * (c - u))
+    told, untold = predictions(xt, t, "v", c), predictions(xt, t, "v", u)
+    for kind in PREDICTIONS:
+        theirs = told[kind] + s * (told[kind] - untold[kind])
+        torch.testing.assert_close(guided[kind], theirs, rtol=0, atol=1e-10)
 
 
 def test_time_zero_is_clean_and_time_one_is_noise() -> None:

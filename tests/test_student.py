@@ -1,195 +1,63 @@
-"""The causal student: cache against mask, chunk 3 against chunk 30, nothing of the future, nothing in place."""
+"""The causal student: nothing of the future reaches a chunk; the streaming loop (its cache: test_cache.py)."""
 
 from __future__ import annotations
 
-import gc
-import weakref
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from conftest import SIDE, conditions, latents, normal, small_student
+from conftest import conditions, latents, normal, small_student
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from student.causal_dit import CausalDiT, StreamConfig
 from student.kv_cache import KVCache
-from student.mask import causal_mask, visible_chunks
 from student.stream import denoise_chunk, gaussian, remember_chunk, stream
-from teacher.attention import KV
 from teacher.conditions import AUDIO_PER_LATENT, PAST, Conditions
 from teacher.flow import add_noise, x0_from_v
-from teacher.rope import grid_positions
-
-TOKENS = SIDE * SIDE // 4  # per latent frame
 
 
 def config(chunk: int = 2, sink: int = 1, window: int = 2, **changes) -> StreamConfig:
     return StreamConfig(chunk_frames=chunk, sink_chunks=sink, window_chunks=window, **changes)
 
 
-def cached(model: CausalDiT, xt: Tensor, t: Tensor, cond: Conditions, hist: Tensor, t_hist: Tensor) -> Tensor:
-    """Velocities of a clip chunk by chunk, every chunk remembered as `hist` at t_hist. t, t_hist [B, T]."""
-    size, cache, out = model.stream.chunk_frames, model.start(cond), []
-    for start in range(0, xt.shape[1], size):
-        now, told = slice(start, start + size), cond.frames(start, start + size)
-        out.append(model.velocity(xt[:, now], t[:, now], told, cache))
-        cache = model.remember(hist[:, now], t_hist[:, now], told, cache)
-    return torch.cat(out, 1)
-
-
 def times(frames: int, seed: int) -> Tensor:
     return normal(2, frames, seed=seed).sigmoid()
-
-
-# ---- cache and mask ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("history", ["clean", "noisy", "own"])
-@pytest.mark.parametrize("present", [(1, 1), (1, 0), (0, 0)])
-@pytest.mark.parametrize(
-    ("chunk", "sink", "window", "chunks"), [(1, 1, 3, 5), (2, 1, 2, 4), (3, 0, 2, 3), (2, 2, 0, 3)]
-)
-def test_cached_rollout_equals_full_forward(
-    chunk: int, sink: int, window: int, chunks: int, present: tuple[int, int], history: str
-) -> None:
-    model = small_student(config(chunk, sink, window))
-    frames = chunk * chunks
-    cond, xt, t = conditions(frames, present=present), latents(frames, seed=1), times(frames, 2)
-    if history == "own":
-        whole, hist, t_hist = model(xt, t, cond), xt, t
-    else:
-        hist = latents(frames, seed=3)
-        t_hist = torch.zeros_like(t) if history == "clean" else times(frames, 4)
-        whole = model(xt, t, cond, hist, t_hist)
-    torch.testing.assert_close(cached(model, xt, t, cond, hist, t_hist), whole, rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize(("chunk", "window"), [(1, 1), (1, 3), (2, 2)])
-def test_a_sliding_window_equals_masked_attention_over_the_whole_past(chunk: int, window: int) -> None:
-    """Without sink and references only differences of positions count, hence one mask can stand for a long stream."""
-    model, frames = small_student(config(chunk, 0, window)), 9 * chunk
-    cond, x, t = conditions(frames, present=(0, 0)), latents(frames), times(frames, 2)
-    refs = model.dit.encode_refs(cond)
-    mask = causal_mask(9, chunk * TOKENS, 0, window, 2 * TOKENS)
-    whole = model.dit.run(x, t, cond, grid_positions(frames, SIDE // 2, SIDE // 2), refs, mask)[0]
-    torch.testing.assert_close(cached(model, x, t, cond, x, t), whole, rtol=0, atol=1e-10)
-
-
-def empty_cache(sink: int, window: int) -> KVCache:
-    grid = (2, 1, 1)
-    refs = KV(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), torch.tensor([[-10.0, 0, 0]]).double())
-    return KVCache([[refs]], grid, sink, window)
-
-
-@pytest.mark.parametrize(("sink", "window"), [(0, 0), (1, 0), (0, 1), (1, 2), (3, 2)])
-def test_the_mask_shows_what_the_cache_holds(sink: int, window: int) -> None:
-    mask, cache = visible_chunks(12, sink, window), empty_cache(sink, window)
-    for chunk in range(12):
-        held = [int(keys[0, 0, 0]) for [(keys, _)] in cache.visible]
-        assert held == mask[chunk].nonzero()[:, 0].tolist() and cache.seen == chunk
-        first, latest = set(range(min(chunk, sink))), set(range(max(0, chunk - window), chunk))
-        assert set(held) == first | latest
-        cache = cache.push([(torch.full((1, 2, 2), float(chunk)), torch.zeros(1, 2, 2))])
-
-
-def test_positions_are_those_within_the_window_however_long_the_stream() -> None:
-    cache, places = empty_cache(1, 2), []
-    for _ in range(30):
-        places.append([*(kv.positions[:, 0].tolist() for kv in cache.context()[0]), cache.positions()[:, 0].tolist()])
-        cache = cache.push([(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2))])
-    assert places[1] == [[-10], [0, 1], [2, 3]]
-    assert places[3] == places[29] == [[-10], [0, 1], [2, 3], [4, 5], [6, 7]]
-
-
-def test_the_same_content_gives_the_same_result_at_chunk_12_as_at_chunk_30() -> None:
-    """Same audio, latents and times in every chunk: what two blocks can see is the same once the window is full."""
-    model, one = small_student(config(2, 1, 2)), conditions(2)
-    x, t, t_hist = latents(2), times(2, 1), times(2, 2)
-    cache, out = model.start(one), []
-    for _ in range(31):
-        out.append(model.velocity(x, t, one, cache))
-        cache = model.remember(x, t_hist, one, cache)
-    assert torch.equal(out[30], out[12])
-    assert not torch.allclose(out[0], out[12]) and not torch.allclose(out[2], out[3])
-
-
-def test_the_same_memory_gives_the_same_result_at_chunk_3_as_at_chunk_30() -> None:
-    model, one = small_student(config(2, 1, 2)), conditions(2)
-    x, t = latents(2), times(2, 1)
-    chunks = [model.dit.run(latents(2, seed=s), t, one, grid_positions(2, 2, 2), None)[1] for s in range(5)]
-    early, late = model.start(one), model.start(one)
-    for index in [0, 3, 4]:
-        early = early.push(chunks[index])
-    for index in [0, *[1, 2] * 14, 3, 4]:
-        late = late.push(chunks[index])
-    assert (early.seen, late.seen) == (3, 31)
-    assert torch.equal(model.velocity(x, t, one, early), model.velocity(x, t, one, late))
-
-
-def test_pushing_leaves_older_caches_as_they_were() -> None:
-    model, one = small_student(config(2, 1, 2)), conditions(2)
-    t = times(2, 1)
-    cache = model.start(one)
-    for seed in range(3):
-        cache = model.remember(latents(2, seed=seed), t, one, cache)
-    old, before = cache, model.velocity(latents(2), t, one, cache)
-    copies = [(k.clone(), v.clone()) for chunk in old.visible for k, v in chunk]
-    for seed in range(5):
-        cache = model.remember(latents(2, seed=seed), t, one, cache)
-    assert old.seen == 3 and torch.equal(model.velocity(latents(2), t, one, old), before)
-    held = [pair for chunk in old.visible for pair in chunk]
-    assert all(
-        torch.equal(a, b) for pair, copy in zip(held, copies, strict=True) for a, b in zip(pair, copy, strict=True)
-    )
-
-
-def test_memory_is_bounded_and_forgotten_chunks_are_freed() -> None:
-    cache, made = empty_cache(3, 2), []
-    for _ in range(50):
-        keys = torch.zeros(1, 2, 2)
-        made.append(weakref.ref(keys))
-        cache = cache.push([(keys, torch.zeros(1, 2, 2))])
-        assert len(cache.visible) <= 5
-    del keys
-    gc.collect()
-    assert [index for index, keys in enumerate(made) if keys() is not None] == [0, 1, 2, 48, 49]
-
-
-def test_gradients_through_a_rollout_are_the_same_with_recomputed_activations() -> None:
-    grads = []
-    for recompute in (False, True):
-        model = small_student(config(1, 1, 1), checkpoint_blocks=recompute)
-        cond, x, t = conditions(5), latents(5), times(5, 1)
-        cached(model, x, t, cond, x, t).square().sum().backward()  # through the cache as well: nothing is detached
-        grads.append([p.grad for p in model.parameters()])
-    for plain, again in zip(*grads, strict=True):
-        torch.testing.assert_close(plain, again, rtol=1e-9, atol=1e-11)
 
 
 # ---- causality --------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
-@given(
-    chunk=st.integers(1, 3),
-    sink=st.integers(0, 2),
-    window=st.integers(0, 2),
-    given_history=st.booleans(),
-    data=st.data(),
-)
-def test_nothing_after_a_chunk_reaches_it(chunk: int, sink: int, window: int, given_history: bool, data) -> None:
+def shaped(frames: int, rows: int, columns: int, present: tuple[int, ...]) -> tuple[Conditions, Tensor, Tensor]:
+    """Conditions, x_t and history of clips with this many token rows and columns."""
+    cond = replace(conditions(frames, present=present), refs=normal(2, 2, 4, 2 * rows, 2 * columns, seed=4))
+    return cond, *(normal(2, frames, 4, 2 * rows, 2 * columns, seed=seed) for seed in (501, 503))
+
+
+ARRANGEMENTS = {
+    "chunk": st.integers(1, 3),
+    "sink": st.integers(0, 2),
+    "window": st.integers(0, 3),
+    "grid": st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    "present": st.sampled_from([(0, 0), (1, 0), (1, 1)]),
+}
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(**ARRANGEMENTS, given_history=st.booleans(), data=st.data())
+def test_nothing_after_a_chunk_reaches_it(chunk, sink, window, grid, present, given_history, data) -> None:
+    """Neither by gradient, which is exactly zero, nor by one bit of the result."""
     model = small_student(config(chunk, sink, window))
     chunks = sink + window + 1
     frames, last = chunk * chunks, data.draw(st.integers(0, chunks - 1), label="last chunk looked at")
     end = chunk * (last + 1)  # frames from here on are the future
-    cond, xt, t = conditions(frames), latents(frames, seed=1), times(frames, 2)
-    hist, t_hist = latents(frames, seed=3), times(frames, 4)
-    for tensor in (cond.speak, cond.listen, xt, hist):
+    cond, xt, hist = shaped(frames, *grid, present)
+    t, t_hist = times(frames, 2), times(frames, 4)
+    sources = (cond.speak, cond.listen, xt, hist)
+    for tensor in sources:
         tensor.requires_grad_()
     v = model(xt, t, cond, hist, t_hist) if given_history else model(xt, t, cond)
-    sources = (cond.speak, cond.listen, xt, hist)
     found = torch.autograd.grad(v[:, :end].square().sum(), sources, allow_unused=True)
     speak, listen, latent, past = (torch.zeros_like(s) if g is None else g for g, s in zip(found, sources, strict=True))
     heard = AUDIO_PER_LATENT * (PAST + end)
@@ -198,20 +66,38 @@ def test_nothing_after_a_chunk_reaches_it(chunk: int, sink: int, window: int, gi
     assert speak[:, heard - 1].abs().min() > 0 and latent[:, end - 1].abs().min() > 0
     if given_history and last and window:
         assert past[:, chunk * last - 1].abs().min() > 0
+    if not sink + window:  # a chunk by itself hears no further back than its first frame's window
+        deaf = AUDIO_PER_LATENT * (PAST + 1 - model.dit.config.speak_window)
+        assert deaf > 0 and torch.count_nonzero(speak[:, :deaf]) == 0 and speak[:, deaf].abs().min() > 0
+
+    with torch.no_grad():
+        for tensor, first in ((cond.speak, heard), (cond.listen, heard), (xt, end), (t, end), (hist, chunk * last)):
+            tensor[:, first:] = 0.3
+        t_hist[:, chunk * last :] = 0.9
+        after = model(xt, t, cond, hist, t_hist) if given_history else model(xt, t, cond)
+    assert torch.equal(after[:, :end], v[:, :end])
+    assert end == frames or not torch.allclose(after[:, end:], v[:, end:])
 
 
-def test_future_latents_and_audio_change_no_earlier_velocity_by_one_bit() -> None:
-    model, frames = small_student(config(2, 1, 2)), 8
-    cond, xt, t = conditions(frames), latents(frames), times(frames, 1)
-    before = model(xt, t, cond)
-    for start in (2, 4, 6):
-        x2, t2, speak, listen = xt.clone(), t.clone(), cond.speak.clone(), cond.listen.clone()
-        x2[:, start:], t2[:, start:] = 9.0, 0.1
-        speak[:, AUDIO_PER_LATENT * (PAST + start) :] += 3
-        listen[:, AUDIO_PER_LATENT * (PAST + start) :] += 3
-        after = model(x2, t2, replace(cond, speak=speak, listen=listen))
-        assert torch.equal(after[:, :start], before[:, :start])
-        assert not torch.allclose(after[:, start:], before[:, start:])
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(**ARRANGEMENTS)
+def test_text_told_at_a_chunk_border_has_no_gradient_from_any_chunk_before(chunk, sink, window, grid, present) -> None:
+    """Every chunk is told its own text, the cache carries gradients: chunk i depends on the texts up to its own."""
+    model, chunks = small_student(config(chunk, sink, window)), sink + window + 2
+    cond, xt, _ = shaped(chunk * chunks, *grid, present)
+    t, texts = times(chunk * chunks, 2), [normal(2, 3, 6, seed=seed).requires_grad_() for seed in range(chunks)]
+    cache, out = model.start(cond), []
+    for index, text in enumerate(texts):
+        now = slice(index * chunk, (index + 1) * chunk)
+        told = replace(cond.frames(now.start, now.stop), text=text)
+        out.append(model.velocity(xt[:, now], t[:, now], told, cache))
+        cache = model.remember(xt[:, now], t[:, now], told, cache)
+    for index, v in enumerate(out):
+        found = torch.autograd.grad(v.square().sum(), texts, allow_unused=True, retain_graph=True)
+        assert all(gradient is None for gradient in found[index + 1 :])
+        assert found[index] is not None and found[index][:, :2].abs().min() > 0
+        if index and window:
+            assert found[index - 1] is not None and found[index - 1].abs().max() > 0  # through what was remembered
 
 
 # ---- streaming --------------------------------------------------------------------------------------------
@@ -265,6 +151,29 @@ def test_audio_still_to_come_changes_no_chunk_already_emitted(refined: bool) -> 
     a, b = (list(stream(backbone, refiner, c, torch.Generator().manual_seed(3))) for c in (cond, later))
     assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
     assert not any(torch.allclose(x, y) for x, y in zip(a[3:], b[3:], strict=True))
+
+
+@dataclass(frozen=True)
+class TextChanges(Conditions):
+    """Conditions whose text becomes `later` from latent frame `border` on."""
+
+    later: Tensor = field(default_factory=lambda: torch.zeros(0))
+    border: int = 0
+
+    def frames(self, start: int, stop: int) -> Conditions:
+        told = super().frames(start, stop)
+        return replace(told, text=self.later if start >= self.border else self.text)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(chunk=st.integers(1, 3), border=st.integers(0, 4), refined=st.booleans())
+def test_a_text_change_at_a_chunk_border_changes_every_chunk_from_there_and_none_before(chunk, border, refined) -> None:
+    backbone, cond = small_student(config(chunk, 1, 1)), conditions(5 * chunk)
+    refiner = small_student(config(chunk, 1, 1), seed=5) if refined else None
+    changed = TextChanges(**vars(cond), later=normal(2, 3, 6, seed=77), border=border * chunk)
+    a, b = (list(stream(backbone, refiner, c, torch.Generator().manual_seed(3))) for c in (cond, changed))
+    assert all(torch.equal(x, y) for x, y in zip(a[:border], b[:border], strict=True))
+    assert not any(torch.allclose(x, y) for x, y in zip(a[border:], b[border:], strict=True))
 
 
 def test_only_the_exit_step_carries_gradient() -> None:
