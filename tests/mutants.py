@@ -301,7 +301,8 @@ def main(words: list[str]) -> int:
         folder = Path(temporary)
         for name in PACKAGES:
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
-        shutil.copy(ROOT / "pyproject.toml", folder)
+        for name in ("pyproject.toml", "Makefile"):
+            shutil.copy(ROOT / name, folder)
         if not run(folder, " ".join(dict.fromkeys(" ".join(mutant[1] for mutant in chosen).split()))):
             print("The tests fail without any mutant: mend them first.")
             return 1

@@ -41,7 +41,7 @@ HISTORY = """
 Covariance of neighboring frames in the streams of the two-chunk students, inside a chunk and across the border between
 chunks. A bidirectional teacher does not know the clean past that a causal student is given: regressed on its paths, or
 led by its steps, the student trusts its history too little: the border is weaker than the inside. Along the data's own
-velocity, or scored on its own stream, both are alike. (So small a network leaves both under the exact value.)
+velocity, or scored on its own stream, both are alike. (Consistency still lacks spread, the more the fewer Euler steps.)
 
 | student | inside | across | energy distance |
 |---|---:|---:|---:|
