@@ -2,7 +2,7 @@
 is the student itself under stop-gradient (improved consistency training, arXiv 2310.14189).
 
 The rollout `consistency` noises a clean clip to t, takes one Euler step down a grid of times, and asks the student at
-both ends, every chunk under the same clean past at the stream's history noise:
+both ends, every chunk under the same past of the clip, clean or at the stream's history noise:
 
     x_t = (1 - t) x0 + t eps        x_s = x_t + (s - t) v
     x0 = f(x_t, t)        target = sg f(x_s, s)        f(x, t) = x - t v_student(x, t), so that f(x, 0) = x
