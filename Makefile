@@ -96,7 +96,7 @@ diff: $(VENV)/.installed ## what differs between two checkpoints: A=runs/a/stage
 test: $(VENV)/.dev ## run the tests
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
 
-mutants: $(VENV)/.dev ## break one thing at a time and see that a test notices (about ten minutes)
+mutants: $(VENV)/.dev ## break one thing at a time and see that a test notices (about twenty minutes)
 	@OMP_NUM_THREADS=1 $(PYTHON) tests/mutants.py
 
 objectives: $(VENV)/.dev ## train every objective against an exact teacher and write docs/OBJECTIVES.md (half a minute)

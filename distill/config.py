@@ -187,6 +187,11 @@ def term_function(name: str) -> Callable[..., Any]:
     return _recipe_module(name).term
 
 
+def head_function(name: str) -> Callable[..., Any] | None:
+    """`recipes.<name>.head`, which makes what a term learns on the critic's features; None where there is none."""
+    return getattr(_recipe_module(name), "head", None)
+
+
 def rollout_function(kind: str) -> Callable[..., Any]:
     """The rollout registered under `kind` in some module's ROLLOUTS."""
     return _rollouts()[kind][0]

@@ -9,13 +9,12 @@ refiner   the parent's averaged student                     causal
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from distill.config import Recipe
+from distill.config import Recipe, head_function
 from distill.contracts import Roles
 from distill.data import dataset
 from distill.errors import UserError
@@ -84,7 +83,7 @@ def network(config: DiTConfig, source: Manifest, part: str, heads: nn.ModuleDict
 def term_heads(recipe: Recipe) -> nn.ModuleDict:
     """What terms learn for themselves on the critic's features: `head(config)` of their modules, by term."""
     names = dict.fromkeys(term.name for phase in recipe.phases for term in phase.terms)
-    makers = {name: getattr(importlib.import_module(f"recipes.{name}"), "head", None) for name in names}
+    makers = {name: head_function(name) for name in names}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         return nn.ModuleDict({name: make(recipe.model) for name, make in makers.items() if make is not None})

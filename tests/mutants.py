@@ -238,6 +238,37 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ),
         ("return keyed_generator(*key, tag)", "return keyed_generator(key[0], tag)", "the same noise at every step"),
     ],
+    ("teacher/naming.py", "weights"): [
+        ('"d c p q -> d (p q c)"', '"d c p q -> d (q p c)"', "rows and columns of a patch swapped"),
+        ("weight[:, :channels, 0]", "weight[:, -channels:, 0]", "the wrong channels of I2V kept"),
+    ],
+    ("recipes/consistency.py", "objectives"): [
+        ("per_frame(s - t, xt)", "per_frame(t - s, xt)", "a step up instead of down"),
+        (
+            "teacher_forced(batch, roles, xs, s, x0).x0",
+            "teacher_forced(batch, roles, xt, t, x0).x0",
+            "target at the same time",
+        ),
+        (
+            "    with torch.no_grad():\n        target",
+            "    with torch.enable_grad():\n        target",
+            "gradient through the target",
+        ),
+        ("own + guided - teacher(", "own + guided + teacher(", "guidance added wrongly"),
+    ],
+    ("recipes/adversarial.py", "adversarial"): [
+        ("logits(roll.x0.detach(), ", "logits(roll.x0, ", "the critic's side reaches the student"),
+        ("Term(F.softplus(-fake).mean()", "Term(F.softplus(fake).mean()", "the student against itself"),
+        (
+            "F.softplus(-real).mean() + F.softplus(fake).mean()",
+            "F.softplus(real).mean() + F.softplus(-fake).mean()",
+            "real and fake swapped",
+        ),
+    ],
+    ("distill/roles.py", "adversarial"): [
+        ('if name in own or not name.startswith("heads.")', "", "heads not asked for are loaded"),
+        ("tensors = own | {", "tensors = {", "a new head is missed in the checkpoint"),
+    ],
     ("distill/trainer.py", "trainer"): [
         ("requires_grad_(role in self.trained)", "requires_grad_(True)", "gradients in the teacher"),
         ("requires_grad_(role == phase.update)", "requires_grad_(True)", "gradients left in other roles"),
@@ -299,7 +330,7 @@ def main(words: list[str]) -> int:
     chosen = [mutant for mutant in every if not words or any(word in mutant[0] + mutant[4] for word in words)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for name in PACKAGES:
+        for name in (*PACKAGES, "docs"):  # a test reads the table of objectives
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
         for name in ("pyproject.toml", "Makefile"):
             shutil.copy(ROOT / name, folder)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from distill import cli
+from distill import cli, config
 from distill.errors import ExitCode
 
 ROOT = Path(__file__).resolve().parents[1]
+RECIPES = [path for path in (ROOT / "recipes").rglob("*.yaml") if "stage:" in path.read_text()]  # the rest are bases
+SHIPPED = sorted(path.relative_to(ROOT) for path in RECIPES)
 RECIPE = "name: r\nscale: tiny\nstage: stage1\nrollout: {kind: data}\ntrain: {steps: 3, batch_size: 4, %s}\n"
 PHASES = "phases:\n  - {update: student, terms: {ode_regression: {weight: 2.0}}}\noptimizer: {lr: 1.0e-4}\n"
 
@@ -36,11 +38,16 @@ def test_every_problem_of_a_recipe_is_told_at_once_also_those_of_its_variants(
     assert len(told.splitlines()) == 2
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
-def test_every_shipped_recipe_is_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid_in_every_variant_and_of_the_scale_and_stage_its_place_says(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
-    base = "stage:" not in path.read_text()
-    assert base or cli.main(["validate", "--recipe", str(path.relative_to(ROOT))]) == ExitCode.DONE
+    assert cli.main(["validate", "--recipe", str(path)]) == ExitCode.DONE
+    for variant in (None, *config.VARIANTS):
+        recipe = config.load(path, (), variant)
+        assert (recipe.scale, recipe.stage) == (path.parts[1], path.stem.partition("_")[0])
+        assert recipe.model.channels == 32
 
 
 def test_runs_are_listed_with_status_step_and_scores(capsys: pytest.CaptureFixture[str]) -> None:
