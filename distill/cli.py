@@ -1,50 +1,92 @@
 """The command line: `python -m distill <command> [--recipe R] [--run N] [--parent P] [--set "a=b c=d"] [--quick]`.
 
-It parses, dispatches to distill.pipeline, and turns failures into exit codes: a user's mistake is one sentence on
-stderr, anything else keeps its traceback. Torch is imported only by the commands that compute.
+It parses, calls the command's function, and turns failures into exit codes: a user's mistake is one sentence on stderr,
+anything else keeps its traceback. A command is one line in COMMANDS; torch is imported only by those that compute.
 """
 
 import argparse
 import errno
+import importlib
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from distill.config import SCALES, STAGES, read
+from distill.config import SCALES, read
 from distill.errors import ExitCode, UserError
-from distill.listing import LISTINGS
 from distill.options import Options, run_name
 
+
+@dataclass(frozen=True)
+class Command:
+    """What a command does, where its function is, which options of its own it takes."""
+
+    text: str
+    function: str  # "module:name", called with Options; a text that it returns is printed, a number is the exit status
+    arguments: tuple[str, ...] = ()  # after Options
+    own: tuple[
+        tuple[str, str], ...
+    ] = ()  # (option, help): reach the function as Options.own[option], "" when not given
+    several: bool = False  # runs more than one stage: a recipe of one stage leaves the others at their defaults
+    quiet: bool = False  # prints nothing but its result
+
+
 COMMANDS = {
-    "online-lpm": "the whole path: data, teacher, stages 1-4, export, evaluation, report; does only what is missing",
-    "data": "prepare the data set: speech, characters, latents",
-    "teacher": "train the teacher from nothing by flow matching",
-    "keep": "put the teacher of a run where the repository keeps one",
-    "trajectories": "store the teacher's sampling trajectories for stage 1",
-    "stage1": "causal initialization by ODE regression on the trajectories",
-    "stage2": "off-policy distribution matching on re-noised teacher latents",
-    "stage3": "self-forcing: distribution matching on the student's own long rollouts",
-    "stage4": "train the one-step refiner",
-    "distill": "trajectories and stages 1 to 4",
-    "export": "gather backbone, refiner and codec into one Online LPM folder",
-    "evaluate": "measure teacher and student on held-out characters and speech",
-    "report": "write the report of a run from its scores",
-    "lineage": "draw the family tree of a run's newest checkpoint, or of --parent",
-    "recipes": "list the recipes",
-    "validate": "check a recipe and its quick and smoke variants: all problems at once, with file and line",
-    "runs": "list the runs: how far each stage is, and the scores",
-    "diff": "what differs between the recipes, data, code and environment of two checkpoints",
-    "doctor": "check this machine",
+    "online-lpm": Command(
+        "the whole path: data, teacher, stages 1-4, export, evaluation, report; does only what is missing",
+        "distill.pipeline:online_lpm",
+        several=True,
+    ),
+    "data": Command("prepare the data set: speech, characters, latents", "distill.pipeline:data"),
+    "teacher": Command("train the teacher from nothing by flow matching", "distill.pipeline:train_stage", ("teacher",)),
+    "keep": Command("put the teacher of a run where the repository keeps one", "distill.pipeline:keep"),
+    "trajectories": Command("store the teacher's sampling trajectories for stage 1", "distill.pipeline:trajectories"),
+    "stage1": Command(
+        "causal initialization by ODE regression on the trajectories", "distill.pipeline:train_stage", ("stage1",)
+    ),
+    "stage2": Command(
+        "off-policy distribution matching on re-noised teacher latents", "distill.pipeline:train_stage", ("stage2",)
+    ),
+    "stage3": Command(
+        "self-forcing: distribution matching on the student's own long rollouts",
+        "distill.pipeline:train_stage",
+        ("stage3",),
+    ),
+    "stage4": Command("train the one-step refiner", "distill.pipeline:train_stage", ("stage4",)),
+    "distill": Command("trajectories and stages 1 to 4", "distill.pipeline:distill", several=True),
+    "export": Command(
+        "gather backbone, refiner and codec into one Online LPM folder", "distill.pipeline:export", several=True
+    ),
+    "evaluate": Command(
+        "measure teacher and student on held-out characters and speech", "distill.pipeline:evaluate", several=True
+    ),
+    "report": Command("write the report of a run from its scores", "distill.pipeline:report", several=True),
+    "lineage": Command(
+        "draw the family tree of a run's newest checkpoint, or of --parent", "distill.listing:family", quiet=True
+    ),
+    "recipes": Command("list the recipes", "distill.listing:recipes", quiet=True),
+    "validate": Command(
+        "check a recipe and its quick and smoke variants: all problems at once, with file and line",
+        "distill.listing:validate",
+        quiet=True,
+    ),
+    "runs": Command("list the runs: how far each stage is, and the scores", "distill.listing:runs", quiet=True),
+    "diff": Command(
+        "what differs between the recipes, data, code and environment of two checkpoints",
+        "distill.listing:diff",
+        own=(("a", "a checkpoint, a stage folder or an export"), ("b", "another one")),
+        quiet=True,
+    ),
+    "doctor": Command("check this machine", "distill.doctor:examine", quiet=True),
 }
-SEVERAL = ("online-lpm", "distill", "export", "evaluate", "report")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     parsed = _parse(arguments)
     try:
-        return _dispatch(parsed.command, _options(parsed))
+        return _run(COMMANDS[parsed.command], parsed.command, _options(parsed))
     except UserError as error:
         print(error.message, file=sys.stderr)
         return int(error.code)
@@ -63,24 +105,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ExitCode.MEMORY
 
 
+def _run(command: Command, name: str, options: Options) -> int:
+    if not command.quiet:
+        print(f"{name}: {command.text} (run {options.run})", flush=True)
+    module, _, function = command.function.partition(":")
+    result = getattr(importlib.import_module(module), function)(options, *command.arguments)
+    if isinstance(result, str):
+        print(result)
+    return result if isinstance(result, int) else ExitCode.DONE
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m distill", description="Distill a teacher into Online LPM.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("--recipe", type=Path, help="recipe YAML (default: the one of the stage)")
-        command.add_argument("--run", help="name of the run folder under runs/ (default: the scale)")
-        command.add_argument("--parent", help="checkpoint to start from (default: found in the run)")
-        if name == "diff":
-            command.add_argument("--a", help="a checkpoint, a stage folder or an export")
-            command.add_argument("--b", help="another one")
-        command.add_argument("--set", default="", help="overrides, 'a.b=1 c=2'")
-        command.add_argument("--quick", action="store_true", help="fewer steps, marked as such in the report")
-        command.add_argument("--smoke", action="store_true", help="a few steps of everything: does it run")
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(name, help=command.text, description=command.text)
+        sub.add_argument("--recipe", type=Path, help="recipe YAML (default: the one of the stage)")
+        sub.add_argument("--run", help="name of the run folder under runs/ (default: the scale)")
+        sub.add_argument("--parent", help="checkpoint to start from (default: found in the run)")
+        sub.add_argument("--set", default="", help="overrides, 'a.b=1 c=2'")
+        sub.add_argument("--quick", action="store_true", help="fewer steps, marked as such in the report")
+        sub.add_argument("--smoke", action="store_true", help="a few steps of everything: does it run")
+        for option, text in command.own:
+            sub.add_argument(f"--{option}", default="", help=text)
     return parser.parse_args(arguments)
 
 
 def _options(given: argparse.Namespace) -> Options:
+    command = COMMANDS[given.command]
     scale = "tiny"
     if given.recipe is not None:
         scale = str(read(given.recipe).data.get("scale", scale))
@@ -93,28 +145,6 @@ def _options(given: argparse.Namespace) -> Options:
         quick=given.quick,
         smoke=given.smoke,
         scale=scale,
-        several=given.command in SEVERAL,
-        pair=(getattr(given, "a", None), getattr(given, "b", None)),
+        several=command.several,
+        own={option: getattr(given, option.replace("-", "_")) for option, _ in command.own},
     )
-
-
-def _dispatch(command: str, options: Options) -> int:
-    if command in LISTINGS:
-        print(LISTINGS[command](options))
-        return ExitCode.DONE
-    if command == "doctor":
-        from distill.doctor import examine
-
-        return examine()
-    print(f"{command}: {COMMANDS[command]} (run {options.run})", flush=True)
-    from distill import pipeline  # imports torch, hence here
-
-    if command == "distill":
-        pipeline.trajectories(options)
-        for stage in STAGES[2:]:
-            pipeline.train_stage(options, stage)
-    elif command == "teacher" or command.startswith("stage"):
-        pipeline.train_stage(options, command)
-    else:
-        getattr(pipeline, command.replace("-", "_"))(options)
-    return ExitCode.DONE

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distill.errors import ExitCode, UserError
+from distill.options import Options
 
 Finding = tuple[str, str]  # OK | WARN | FAIL, text
 DISK_GB, MEMORY_GB = 5, 6
@@ -19,7 +20,7 @@ KEPT_TEACHER = Path("recipes/tiny/teacher")
 SPEECH = {"piper": "piper-tts", "espeakng_loader": "espeakng-loader"}
 
 
-def examine() -> int:
+def examine(options: Options) -> int:
     """Print every finding; 0, or 2 when one of them is FAIL."""
     checks: list[Callable[[], Finding]] = [python, torch, threads, disk, memory, writable, voices, kept_teacher]
     findings = [(check.__name__.replace("_", " "), *check()) for check in checks]

@@ -5,7 +5,6 @@ Every listing takes the command line's Options and returns what is printed; none
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,7 @@ def newest_stage(run: str) -> Path:
 
 def diff(options: Options) -> str:
     """Key by key what differs between two manifests: recipe, parent, data, code, environment, metrics."""
-    first, second = options.pair
+    first, second = options.own.get("a"), options.own.get("b")
     if not first or not second:
         raise UserError("Two checkpoints are compared: give A=path B=path.")
     one, other = lineage.read(first), lineage.read(second)
@@ -129,12 +128,3 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, list) and any(isinstance(part, (dict, list)) for part in value):
         return {k: v for key, part in enumerate(value) for k, v in flatten(part, f"{prefix}{key}.").items()}
     return {prefix.rstrip("."): value}
-
-
-LISTINGS: dict[str, Callable[[Options], str]] = {
-    "recipes": recipes,
-    "validate": validate,
-    "runs": runs,
-    "lineage": family,
-    "diff": diff,
-}

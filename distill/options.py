@@ -4,7 +4,7 @@
 quick or smoke block and the overrides laid on top.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from distill.config import Recipe, default_recipe, load, read
@@ -23,7 +23,7 @@ class Options:
     smoke: bool = False
     scale: str = "tiny"
     several: bool = False
-    pair: tuple[str | None, str | None] = (None, None)  # the checkpoints that `diff` compares
+    own: dict[str, str] = field(default_factory=dict)  # what only this command takes, empty where not given
 
     @property
     def variant(self) -> str | None:

@@ -71,6 +71,13 @@ def train_stage(options: Options, stage: str) -> None:
     print(f"Wrote {final}; next: {_next(stage)}.")
 
 
+def distill(options: Options) -> None:
+    """Trajectories and stages 1 to 4."""
+    trajectories(options)
+    for stage in STAGES:
+        train_stage(options, stage)
+
+
 def trajectories(options: Options) -> None:
     """Store the teacher's trajectories of a run."""
     folder = run_folder(options.run)

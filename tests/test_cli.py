@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from distill import cli, runs, tracking
+from distill import cli, pipeline, runs, tracking
 from distill.config import Recipe, TrainConfig
 from distill.errors import ExitCode, UserError
 from distill.options import Options, run_name
@@ -190,11 +190,8 @@ def test_options_reach_the_pipeline_as_given(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_distill_runs_trajectories_and_the_four_stages_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    pipeline_with(
-        monkeypatch,
-        trajectories=lambda options: order.append("trajectories"),
-        train_stage=lambda options, stage: order.append(stage),
-    )
+    monkeypatch.setattr(pipeline, "trajectories", lambda options: order.append("trajectories"))
+    monkeypatch.setattr(pipeline, "train_stage", lambda options, stage: order.append(stage))
     assert cli.main(["distill"]) == ExitCode.DONE
     assert order == ["trajectories", "stage1", "stage2", "stage3", "stage4"]
 
