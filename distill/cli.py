@@ -25,9 +25,7 @@ class Command:
     text: str
     function: str  # "module:name", called with Options; a text that it returns is printed, a number is the exit status
     arguments: tuple[str, ...] = ()  # after Options
-    own: tuple[
-        tuple[str, str], ...
-    ] = ()  # (option, help): reach the function as Options.own[option], "" when not given
+    own: tuple[tuple[str, str], ...] = ()  # (option, help): Options.own[option] in the function, "" when not given
     several: bool = False  # runs more than one stage: a recipe of one stage leaves the others at their defaults
     quiet: bool = False  # prints nothing but its result
 
