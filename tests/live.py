@@ -144,7 +144,9 @@ class Client:
     """What a page does, in Python. `chunks` [(header, pictures)] and `said` [JSON] fill while it reads."""
 
     def __init__(self, port: int, **options: Any):
-        self.socket: ClientConnection = connect(f"ws://127.0.0.1:{port}/stream", compression=None, **options)
+        self.socket: ClientConnection = connect(
+            f"ws://127.0.0.1:{port}/stream", compression=None, max_size=None, **options
+        )
         self.chunks: list[tuple[dict[str, Any], list[bytes]]] = []
         self.said: list[dict[str, Any]] = []
 

@@ -318,11 +318,13 @@ def test_sound_that_the_server_cannot_play_in_time_does_not_pile_up(demo):
 
 
 def test_a_flood_of_tiny_messages_is_ended(demo):
-    stuck = threading.Event()
-    with running(one(before=lambda: stuck.wait(10) and None), demo, Limits(commands_waiting=50)) as port:
+    busy, stuck = threading.Event(), threading.Event()
+    model = one(before=lambda: busy.set() or stuck.wait(10) and None)
+    with running(model, demo, Limits(commands_waiting=50)) as port:
         with Client(port) as client:
             client.start()
             client.push(tone(SECONDS))
+            assert busy.wait(10)
             for _ in range(60):
                 client.push(tone(1 / 16000))
             code, reason = client.ended()
