@@ -21,13 +21,14 @@ from student.demo import INDEX
 from teacher.audio import SAMPLE_RATE
 
 NAMES = ("ada", "bo", "cleo", "dara", "eli", "fern", "gus", "hana")
+TEXTS = {name: f"a {name} person, looking ahead, head straight" for name in ("calm", "happy", "sad", "surprised")}
 SPOKEN, HEARD = 3, 2  # recordings of each role
 SENTENCES, PAUSE = 4, 0.35  # sentences of a recording, seconds between them
 
 
 def write_demo(data: Path, folder: Path) -> None:
     """Characters of the test split, and sentences that training never heard."""
-    index = {"characters": _characters(data, folder), "voices": _voices(data.parent / "speech", folder)}
+    index = {"characters": _characters(data, folder), "voices": _voices(data.parent / "speech", folder), "texts": TEXTS}
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 

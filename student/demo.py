@@ -1,13 +1,15 @@
 """A few characters and recordings that lie in an Online LPM folder, so that it can be tried at once.
 
-folder/demo.json  {"characters": {name: {"references": [file]}}, "voices": {name: {"file", "role", "text"}}}
-references are images, the global one first; role is "speak" or "listen", seen from the character.
+folder/demo.json  {"characters": {name: {"references": [file]}}, "voices": {name: {"file", "role", "text"}},
+                   "texts": {name: text}}
+references are images, the global one first; role is "speak" or "listen", seen from the character; texts are captions
+in the words that the model was trained with, the plainest first.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +31,11 @@ class Voice:
 
 @dataclass(frozen=True)
 class Demo:
-    """What a folder offers: reference images of each character, recordings; both by name."""
+    """What a folder offers, all by name: reference images of each character, recordings, texts."""
 
-    characters: dict[str, list[Path]]
-    voices: dict[str, Voice]
+    characters: dict[str, list[Path]] = field(default_factory=dict)
+    voices: dict[str, Voice] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
 
     def references(self, character: str) -> Tensor:
         """Images of a character, [R, 3, H, W] in [0, 1]. ValueError names those that exist."""
@@ -46,7 +49,7 @@ def read_demo(folder: Path | str) -> Demo:
     """What lies in a folder, empty when it has no demo.json. ValueError when that is damaged."""
     path = Path(folder) / INDEX
     if not path.is_file():
-        return Demo({}, {})
+        return Demo()
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
         characters = {
@@ -56,9 +59,10 @@ def read_demo(folder: Path | str) -> Demo:
             name: Voice(path.parent / entry["file"], entry["role"], entry["text"])
             for name, entry in told["voices"].items()
         }
+        texts = {str(name): str(text) for name, text in told["texts"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): export the model again.") from None
-    return Demo(characters, voices)
+    return Demo(characters, voices, texts)
 
 
 def load_images(paths: list[Path]) -> Tensor:
