@@ -1,5 +1,5 @@
-"""Online LPM: the backbone of stage 3, the refiner of stage 4 and the codec, in one folder with a card and a manifest;
-and the teacher as the repository keeps it.
+"""Online LPM: the backbone of stage 3, the refiner of stage 4 and the codec, in one folder with a card, a manifest and
+a few characters and recordings to try it with; and the teacher as the repository keeps it.
 
 The export is verified by loading it back and comparing a forward of each network with the original's.
 """
@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
+from distill.card import export_card
 from distill.config import Recipe
+from distill.demo import write_demo
 from distill.errors import ExitCode, UserError
 from distill.roles import network
 from distill.state import checkpoint, lineage
@@ -28,8 +30,8 @@ def export(recipe: Recipe, backbone: Manifest, refiner: Manifest, codec: PCACode
     size = 4 * sum(p.numel() for p in online.parameters())
     meta = describe(recipe, refiner.step, refiner, refiner.data.get("data_fingerprint"))
     with checkpoint.committed(folder, {**meta, "stage": "online-lpm"}, size) as temporary:
-        online.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card(recipe, refiner))
+        online.save_pretrained(temporary, export_card(recipe.student, refiner, folder.parent / "report"))
+        write_demo(Path(recipe.data.path), temporary)
         _verify(online, OnlineLPM.from_pretrained(temporary))
     return folder
 
@@ -44,32 +46,12 @@ def keep_teacher(trained: Manifest, codec: PCACodec, folder: Path) -> Path:
     return folder
 
 
-def card(recipe: Recipe, refiner: Manifest) -> str:
-    """The model card, made from the lineage."""
-    stream = recipe.student
-    seconds = stream.chunk_frames / 6
-    return f"""# Online LPM ({recipe.scale})
-
-A causal, few-step, streaming student: {len(stream.steps) - 1} backbone evaluations and 1 of the refiner per chunk
-of {seconds:g} s, no guidance, {stream.sink_chunks} sink and {stream.window_chunks} window chunks of history.
-
-```python
-from student.online import OnlineLPM
-
-model = OnlineLPM.from_pretrained("path/to/this/folder")
-for frames in model.frames(conditions, generator):  # [B, {4 * stream.chunk_frames}, 3, H, W] in [0, 1]
-    ...
-```
-
-Steps {list(stream.steps)}, history noise {stream.history_noise}. Data: the procedural puppet world (drawn characters,
-synthesized and recorded speech); no real person is depicted. Licence: Apache-2.0.
-
-## Lineage
-
-```
-{lineage.tree(refiner.path)}
-```
-"""
+def refresh_card(recipe: Recipe, run: Path) -> None:
+    """Write the card of a run's export again, now that there are scores; weights and their hashes stay."""
+    folder = run / "online-lpm"
+    if (folder / checkpoint.MANIFEST).is_file():
+        refiner = lineage.find_parent(run, "stage4", recipe.scale)
+        checkpoint.replace_text(folder, "README.md", export_card(recipe.student, refiner, run / "report"))
 
 
 @torch.no_grad()

@@ -144,6 +144,7 @@ def evaluate(options: Options) -> None:
     }
     timings = {"setup": float(setup.read_text())} if setup.is_file() else {}
     write_scores(folder / "report" / "scores.json", values, timings | _timings(folder), about)
+    exporting.refresh_card(recipe, folder)
     report(options)
 
 
@@ -196,7 +197,7 @@ def _rows(bench: Bench, recipe: Recipe, folder: Path) -> list[Row]:
         from student.online import OnlineLPM
 
         online = OnlineLPM.from_pretrained(target)
-        rows.append(student_row(bench, "online_lpm", lineage.read(target).hash, online.backbone, online.refiner))
+        rows.append(student_row(bench, "online_lpm", online.fingerprint(), online.backbone, online.refiner))
     return rows
 
 

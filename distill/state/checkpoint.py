@@ -115,6 +115,22 @@ def _seal(folder: Path, meta: dict[str, Any]) -> None:
         _sync_folder(path)
 
 
+def replace_text(folder: Path, name: str, text: str) -> None:
+    """Replace one text file of a sealed folder, and its entry in the manifest."""
+    temporary = folder / f".{name}.{os.getpid()}.partial"
+    temporary.write_text(text, encoding="utf-8")
+    entry = {"path": name, "bytes": temporary.stat().st_size, "sha256": file_hash(temporary)}
+    manifest = read_manifest(folder)
+    manifest["files"] = sorted([f for f in manifest["files"] if f["path"] != name] + [entry], key=lambda f: f["path"])
+    beside = folder / f".{MANIFEST}.{os.getpid()}.partial"
+    beside.write_text(json.dumps(manifest, indent=1, sort_keys=True))
+    for path in (temporary, beside):
+        _sync(path)
+    os.replace(temporary, folder / name)
+    os.replace(beside, folder / MANIFEST)
+    _sync_folder(folder)
+
+
 def _move_away(target: Path) -> Path | None:
     """A folder cannot be renamed onto a full one: the old one steps aside under a name that no scan reads."""
     if not target.exists():
