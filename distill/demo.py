@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from distill.data import dataset, puppet, speech
+from distill.data import dataset, motion, puppet, speech
 from distill.data.batch import keyed_generator
 from distill.data.prepare import draw_references
 from student.demo import INDEX
@@ -28,7 +28,12 @@ SENTENCES, PAUSE = 4, 0.35  # sentences of a recording, seconds between them
 
 def write_demo(data: Path, folder: Path) -> None:
     """Characters of the test split, and sentences that training never heard."""
-    index = {"characters": _characters(data, folder), "voices": _voices(data.parent / "speech", folder), "texts": TEXTS}
+    index = {
+        "characters": _characters(data, folder),
+        "voices": _voices(data.parent / "speech", folder),
+        "texts": TEXTS,
+        "captions": motion.grammar(),
+    }
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
@@ -39,10 +44,10 @@ def _characters(data: Path, folder: Path) -> dict[str, dict[str, list[str]]]:
     rows = [int((identity == who).nonzero()[0]) for who in identity.unique()[: len(NAMES)]]
     index = {}
     for name, row in zip(NAMES, rows, strict=False):
-        motion, _ = draw_references(keyed_generator(0, "demo", name))  # [R, P]
+        how, _ = draw_references(keyed_generator(0, "demo", name))  # [R, P]
         place = folder / "characters" / name
         place.mkdir(parents=True, exist_ok=True)
-        pictures = puppet.render(test.characters[row][None], motion[None], test.size)[0]  # [R, 3, S, S]
+        pictures = puppet.render(test.characters[row][None], how[None], test.size)[0]  # [R, 3, S, S]
         for number, picture in enumerate(pictures):
             Image.fromarray(picture.permute(1, 2, 0).numpy()).save(place / f"reference_{number}.png", optimize=True)
         files = [f"characters/{name}/reference_{number}.png" for number in range(len(pictures))]

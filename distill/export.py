@@ -13,6 +13,7 @@ import torch
 from distill.card import export_card
 from distill.config import Recipe
 from distill.demo import write_demo
+from distill.embedder import ensure_embedder
 from distill.errors import ExitCode, UserError
 from distill.roles import network
 from distill.state import checkpoint, lineage
@@ -21,6 +22,7 @@ from student.causal_dit import CausalDiT
 from student.online import OnlineLPM
 from teacher.codec import PCACodec
 from teacher.conditions import AUDIO_PER_LATENT, PAST, SILENCE, TEXT_LENGTH, Conditions
+from teacher.embedder import IdentityEmbedder
 
 
 def export(recipe: Recipe, backbone: Manifest, refiner: Manifest, codec: PCACodec, folder: Path) -> Path:
@@ -32,6 +34,7 @@ def export(recipe: Recipe, backbone: Manifest, refiner: Manifest, codec: PCACode
     with checkpoint.committed(folder, {**meta, "stage": "online-lpm"}, size) as temporary:
         online.save_pretrained(temporary, export_card(recipe.student, refiner, folder.parent / "report"))
         write_demo(Path(recipe.data.path), temporary)
+        IdentityEmbedder.load(ensure_embedder(Path(recipe.data.path))).save(temporary)  # for the live drift meter
         _verify(online, OnlineLPM.from_pretrained(temporary))
     return folder
 

@@ -1,9 +1,11 @@
 """A few characters and recordings that lie in an Online LPM folder, so that it can be tried at once.
 
 folder/demo.json  {"characters": {name: {"references": [file]}}, "voices": {name: {"file", "role", "text"}},
-                   "texts": {name: text}}
+                   "texts": {name: text},
+                   "captions": {"form": "a {expression} person, {gaze}", "expression": [words], "gaze": [words]}}
 references are images, the global one first; role is "speak" or "listen", seen from the character; texts are captions
-in the words that the model was trained with, the plainest first.
+in the words that the model was trained with, the plainest first; captions, which may be missing, say how such a text
+is made of one choice for each blank of its form.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +39,7 @@ class Demo:
     characters: dict[str, list[Path]] = field(default_factory=dict)
     voices: dict[str, Voice] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+    captions: dict[str, Any] = field(default_factory=dict)
 
     def references(self, character: str) -> Tensor:
         """Images of a character, [R, 3, H, W] in [0, 1]. ValueError names those that exist."""
@@ -62,7 +66,7 @@ def read_demo(folder: Path | str) -> Demo:
         texts = {str(name): str(text) for name, text in told["texts"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): export the model again.") from None
-    return Demo(characters, voices, texts)
+    return Demo(characters, voices, texts, told.get("captions", {}))
 
 
 def load_images(paths: list[Path]) -> Tensor:

@@ -1,7 +1,7 @@
 """Online LPM: backbone, refiner and codec in one folder, ready to stream; saved, loaded and shared as the Hub does it.
 
 folder/ config.json, backbone.safetensors, refiner.safetensors, codec.safetensors, README.md (model card)
-        (+ manifest.json, characters/, voices/, demo.json: written by the export, kept by `save_pretrained`)
+        (+ manifest.json, characters/, voices/, demo.json, embedder.*: written by the export, kept by `save_pretrained`)
 No pickle anywhere.
 """
 
@@ -33,7 +33,15 @@ from teacher.dit import DiT, config_from
 
 FORMAT = 1  # of config.json; folders without the entry are of format 1
 NETWORKS = ("backbone", "refiner")
-BESIDE = ("README.md", "manifest.json", "demo.json", "characters", "voices")  # travels with the weights
+BESIDE = (  # travels with the weights
+    "README.md",
+    "manifest.json",
+    "demo.json",
+    "characters",
+    "voices",
+    "embedder.json",
+    "embedder.safetensors",
+)
 
 
 class OnlineLPM(nn.Module):

@@ -5,8 +5,8 @@ WebSocket /stream (docs/SERVING.md has every field; student/live/wire.py reads a
   -> binary: uint32 channel (1 speak, 2 listen, 3 both interleaved), int16 samples at 16 kHz; little endian
   -> {"type": "text", "text": "sad"}   {"type": "interrupt"}   {"type": "finish"}
   <- {"type": "started"}   {"type": "problem", "reason"}   {"type": "done", "model"}
-  <- binary: uint32 length, JSON header {"type": "chunk", "model", "index", "start", "seconds", "state", "sound", "times",
-     "sizes", "drift", "load", "server_seconds", "memory_mib", ...}, then one JPEG per frame
+  <- binary: uint32 length, JSON header {"type": "chunk", "model", "index", "start", "seconds", "state", "sound",
+     "times", "sizes", "drift", "load", "server_seconds", "memory_mib", ...}, then one JPEG per frame
   every end has a close code and a sentence (wire.Close)
 GET / the page, /about what can be played, /characters/... and /voices/... the files of the export.
 """
@@ -25,12 +25,12 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 from starlette.websockets import WebSocket
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
+from student.demo import read_demo
 from student.live.connection import Connection
-from student.live.demo import Demo
 from student.live.guard import Guard
 from student.live.scheduler import Scheduler
 from student.live.studio import Limits, Shown, Studio
@@ -57,13 +57,15 @@ class CutOff(WebSocketsSansIOProtocol):
         self.loop.call_later(CUT_SECONDS, self.transport.abort)
 
 
-def load(folders: list[Path]) -> tuple[list[Shown], Demo]:
-    """Online LPM folders -> the models "a", "b", and the characters of the first. ValueError says what is missing."""
+def load(folders: list[Path]) -> list[Shown]:
+    """Online LPM folders -> the models "a", "b"; the characters are those of the first. ValueError: what is missing."""
     shown = []
     for name, folder in zip("ab", folders, strict=False):
         embedder = IdentityEmbedder.load(folder) if (folder / "embedder.json").is_file() else None
         shown.append(Shown(name, _label(folder), OnlineLPM.from_pretrained(folder), embedder))
-    return shown, Demo.read(folders[0])
+    if not read_demo(folders[0]).characters:
+        raise ValueError(f"{folders[0]} comes without characters (demo.json): make it again with `make export`.")
+    return shown
 
 
 def _label(folder: Path) -> str:
@@ -72,13 +74,13 @@ def _label(folder: Path) -> str:
     return folder.parent.name if folder.name == "online-lpm" else folder.name
 
 
-def application(shown: list[Shown], demo: Demo, limits: Limits | None = None, host: str = "127.0.0.1") -> ASGIApp:
-    """The server as an ASGI application; its compute thread lives as long as its lifespan."""
+def application(shown: list[Shown], folder: Path, limits: Limits | None = None, host: str = "127.0.0.1") -> ASGIApp:
+    """The server as an ASGI application, with the characters of `folder`; the compute thread lives while it runs."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with Scheduler() as ring:
-            app.state.studio = Studio(shown, demo, ring, limits)
+            app.state.studio = Studio(shown, folder, ring, limits)
             yield
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
@@ -106,7 +108,7 @@ def application(shown: list[Shown], demo: Demo, limits: Limits | None = None, ho
 
     app.mount("/page", StaticFiles(directory=PAGE))
     for kind in ("characters", "voices"):
-        app.mount(f"/{kind}", StaticFiles(directory=demo.folder / kind, check_dir=False))
+        app.mount(f"/{kind}", StaticFiles(directory=folder / kind, check_dir=False))
     return Guard(app, host)
 
 
@@ -146,7 +148,7 @@ def server(app: ASGIApp, limits: Limits | None = None) -> uvicorn.Server:
 def serve(folders: list[Path], host: str = "127.0.0.1", port: int = 8000) -> None:
     """Serve until ctrl-C. ValueError, one sentence, when a model is missing or the port is taken."""
     with contextlib.closing(bind(host, port)) as listener:
-        app = application(*load(folders), host=host)
+        app = application(load(folders), folders[0], host=host)
         shown_host = f"[{host}]" if ":" in host else host
         print(f"Online LPM is at http://{shown_host}:{listener.getsockname()[1]} (ctrl-C ends it)", flush=True)
         with contextlib.suppress(KeyboardInterrupt):

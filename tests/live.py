@@ -21,7 +21,6 @@ from PIL import Image
 from websockets.sync.client import ClientConnection, connect
 
 from student import serve
-from student.live.demo import Demo
 from student.live.studio import Limits, Shown
 from student.live.wire import SPEAK, pack_audio, unpack_chunk
 
@@ -96,7 +95,7 @@ def tone(seconds: float, hertz: float = 200.0, loud: float = 0.3) -> np.ndarray:
     return (loud * np.sin(2 * np.pi * hertz * np.arange(round(seconds * RATE)) / RATE)).astype(np.float32)
 
 
-def small_demo(folder: Path, names: tuple[str, ...] = ("ann", "ben"), side: int = SIDE) -> Demo:
+def small_demo(folder: Path, names: tuple[str, ...] = ("ann", "ben"), side: int = SIDE) -> Path:
     """Characters of one color each, and one recording."""
     characters = {}
     for number, name in enumerate(names):
@@ -104,7 +103,7 @@ def small_demo(folder: Path, names: tuple[str, ...] = ("ann", "ben"), side: int 
         place.mkdir(parents=True)
         color = tuple(np.random.default_rng(number).integers(40, 216, 3).tolist())
         Image.new("RGB", (side, side), color).save(place / "reference_0.png")
-        characters[name] = [f"characters/{name}/reference_0.png"]
+        characters[name] = {"references": [f"characters/{name}/reference_0.png"]}
     (folder / "voices").mkdir()
     with wave.open(str(folder / "voices" / "hello.wav"), "wb") as file:
         file.setnchannels(1)
@@ -117,16 +116,17 @@ def small_demo(folder: Path, names: tuple[str, ...] = ("ann", "ben"), side: int 
         "gaze": ["looking ahead", "looking left", "looking right"],
         "pose": ["head straight", "head tilted left", "head tilted right"],
     }
-    index = {"characters": characters, "voices": {"hello": "voices/hello.wav"}, "captions": captions}
+    index = {"characters": characters, "texts": {}, "captions": captions}
+    index["voices"] = {"hello": {"file": "voices/hello.wav", "role": "speak", "text": "Hello."}}
     (folder / "demo.json").write_text(json.dumps(index))
-    return Demo.read(folder)
+    return folder
 
 
 @contextmanager
-def running(shown: list[Shown], demo: Demo, limits: Limits | None = None) -> Iterator[int]:
+def running(shown: list[Shown], folder: Path, limits: Limits | None = None) -> Iterator[int]:
     """The port of a server that runs until the block ends."""
     listener = serve.bind("127.0.0.1", 0)
-    server = serve.server(serve.application(shown, demo, limits), limits)
+    server = serve.server(serve.application(shown, folder, limits), limits)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

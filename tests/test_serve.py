@@ -6,14 +6,16 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from live import CHUNK, FRAMES, SECONDS, SIDE, Client, PretendedModel, running, small_demo, tone
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from student import serve
+from student.demo import read_demo
 from student.live.scheduler import Made, Scheduler
 from student.live.studio import Limits, Shown
 from student.live.wire import (
@@ -141,7 +143,7 @@ def test_text_changes_the_pictures_and_an_impossible_text_is_told_and_changes_no
         client.tell("text", text="sad")
         client.push(tone(SECONDS))
         client.read_chunks(2)
-    solo = PretendedModel().stream(demo.references("ann"), text="happy", look_ahead=0)
+    solo = PretendedModel().stream(read_demo(demo).references("ann"), text="happy", look_ahead=0)
     expected = []
     for text in ("happy", "sad"):
         solo.set_text(text)
@@ -235,6 +237,23 @@ def bad_client(port: int, *messages: str | bytes) -> tuple[int, str]:
         return client.ended()
 
 
+def wait_until(true: Callable[[], bool], seconds: float = 15.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.02)
+
+
+def admitted(port: int) -> bool:
+    """Whether the server has a place."""
+    with Client(port) as client:
+        client.tell("start", character="ann")
+        try:
+            return client.read() == "started"
+        except ConnectionClosed:
+            return False
+
+
 def test_every_bad_client_is_told_why_and_a_good_one_beside_it_goes_on(demo):
     start = '{"type": "start", "character": "ann"}'
     cases = [
@@ -270,13 +289,7 @@ def test_a_full_server_says_so_and_takes_the_next_one_when_a_client_vanishes(dem
             third.tell("start", character="ann")
             assert third.ended() == (Close.FULL, "The server is full: 2 of 2 places are taken.")
         second.socket.socket.shutdown(socket.SHUT_RDWR)  # no goodbye
-        deadline = time.monotonic() + 10
-        while True:
-            with Client(port) as third:
-                third.tell("start", character="ann")
-                if third.read() == "started":
-                    break
-            assert time.monotonic() < deadline
+        wait_until(lambda: admitted(port))
         first.push(tone(SECONDS))
         first.read_chunks(1)
 
@@ -334,9 +347,9 @@ def test_a_flood_of_tiny_messages_is_ended(demo):
 
 def test_a_slow_client_loses_pictures_first_then_its_place_and_memory_stays(demo, monkeypatch):
     """The pictures are made large and the client does not read: buffers of the system fill, then the server's queue."""
-    monkeypatch.setattr("student.live.connection.jpeg", lambda frame: bytes(400_000))
-    monkeypatch.setattr(serve, "CUT_SECONDS", 0.5)
-    limits = Limits(frames_waiting=4, messages_waiting=30, close_seconds=0.2, ahead_seconds=100, backlog_seconds=100)
+    picture = 400_000
+    monkeypatch.setattr("student.live.connection.jpeg", lambda frame: bytes(picture))
+    limits = Limits(frames_waiting=4, messages_waiting=30, close_seconds=5, ahead_seconds=100, backlog_seconds=100)
     waiting = []
     original = serve.Connection._send
 
@@ -347,23 +360,31 @@ def test_a_slow_client_loses_pictures_first_then_its_place_and_memory_stays(demo
     monkeypatch.setattr(serve.Connection, "_send", watched)
     with running(one(), demo, limits) as port, Client(port) as good:
         good.start()
-        slow = Client(port, max_queue=1)
-        slow.start()
-        for _ in range(60):
-            slow.push(tone(SECONDS))
-        deadline = time.monotonic() + 15
-        while len(waiting) < 40 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(1.0)
-        good.push(tone(SECONDS))
-        good.read_chunks(1)
-        with pytest.raises(Exception, match=""):
+        with Client(port, max_queue=1) as slow:
+            slow.start()
+            for _ in range(60):
+                slow.push(tone(SECONDS))
+            wait_until(lambda: len(waiting) > 30 and waiting[-1] == 0)  # dropped: nothing of it is kept
+            good.push(tone(SECONDS))
+            good.read_chunks(1)
+            assert slow.ended() == (Close.TOO_SLOW, "This client takes the video too slowly.")
+    assert 3 * FRAMES * picture < max(waiting) < 4 * FRAMES * picture + 30 * 2_000
+    assert len(slow.chunks) < 20 and all(pictures for _, pictures in slow.chunks)
+
+
+def test_a_client_that_never_reads_is_cut_off(demo, monkeypatch):
+    monkeypatch.setattr("student.live.connection.jpeg", lambda frame: bytes(400_000))
+    monkeypatch.setattr(serve, "CUT_SECONDS", 0.2)
+    limits = Limits(sessions=1, send_seconds=0.3, close_seconds=0.1)
+    with running(one(), demo, limits) as port, Client(port, max_queue=1) as deaf:
+        deaf.start()
+        deaf.push(tone(1.0))
+        deaf.tell("finish")  # its last message: nothing but the time limits can end it now
+        wait_until(lambda: admitted(port))
+        with pytest.raises(ConnectionClosed) as caught:
             while True:
-                slow.read(5)
-    without = [header for header, _ in slow.chunks if header["dropped_frames"]]
-    assert max(waiting) <= 5 * FRAMES * 400_000 + 30 * 2_000
-    assert len(slow.chunks) < 60
-    assert without or len(slow.chunks) < 30
+                deaf.read()
+        assert caught.value.rcvd is None
 
 
 def test_a_session_that_breaks_is_ended_and_the_others_go_on(demo):
@@ -400,15 +421,11 @@ def test_sessions_take_turns_of_one_chunk_whatever_each_has_waiting():
 
     model = PretendedModel(before=lambda: gate.wait(10) and None)
     with Scheduler() as ring:
-        jobs = [
-            ring.open(lambda: model.stream(np.zeros(1), look_ahead=0), deliver(number)) for number in range(5)
-        ]
+        jobs = [ring.open(lambda: model.stream(np.zeros(1), look_ahead=0), deliver(number)) for number in range(5)]
         for number, job in enumerate(jobs):
             job.tell(sound((3 + number) * SECONDS + 0.001))  # 3, 4, 5, 6, 7 chunks
         gate.set()
-        deadline = time.monotonic() + 10
-        while len(done) < 25 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: len(done) == 25)
     assert [done.count(number) for number in range(5)] == [3, 4, 5, 6, 7]
     for cut in range(1, 16):  # while all have sound
         counts = [done[:cut].count(number) for number in range(5)]

@@ -29,6 +29,7 @@ from student.live.wire import (
     Refusal,
     Start,
     Text,
+    has_pictures,
     jpeg,
     pack_chunk,
     parse_audio,
@@ -64,6 +65,7 @@ class Connection:
         self.loop = asyncio.get_running_loop()
         self.voices: dict[str, Voice] = {}
         self.outgoing: deque[str | bytes] = deque()
+        self.drawn = self.shown = 0  # chunks with pictures: made (by the compute thread), sent
         self.something = asyncio.Event()  # to send, or to notice
         self.broken: asyncio.Future[None] = self.loop.create_future()
         self.began = 0.0
@@ -132,7 +134,10 @@ class Connection:
         self.began = time.monotonic()
         self._send(json.dumps({"type": "started", "models": [part.name for part in parts]}))
         for part in parts:
-            self.voices[part.name] = Voice(part, lambda voice: self.studio.ring.open(part.make, self._deliver(voice)))
+            self.voices[part.name] = Voice(part, self._open_job)
+
+    def _open_job(self, voice: Voice) -> Job:
+        return self.studio.ring.open(voice.part.make, self._deliver(voice))
 
     def _obey(self, told: Control) -> None:
         if isinstance(told, Start):
@@ -188,8 +193,9 @@ class Connection:
         sound = [round(at * SAMPLE_RATE) + voice.dropped for at in ends]
         voice.done = sound[1]
         meter = voice.part.meter
-        crowded = len(self.outgoing) >= self.limits.frames_waiting
+        crowded = self.drawn - self.shown >= self.limits.frames_waiting
         shown = frames[:0] if crowded else frames
+        self.drawn += not crowded
         header = {
             "type": "chunk",
             "model": voice.part.name,
@@ -248,12 +254,18 @@ class Connection:
         while True:
             while self.outgoing:
                 message = self.outgoing.popleft()
-                send = self.socket.send_text if isinstance(message, str) else self.socket.send_bytes
                 try:
-                    await asyncio.wait_for(send(message), self.limits.send_seconds)  # type: ignore[operator]
+                    await asyncio.wait_for(self._put(message), self.limits.send_seconds)
                 except asyncio.TimeoutError:
                     raise Refusal(Close.TOO_SLOW, SLOW) from None
             if self.finishing and all(voice.finished for voice in self.voices.values()):
                 return
             self.something.clear()
             await self.something.wait()
+
+    async def _put(self, message: str | bytes) -> None:
+        if isinstance(message, str):
+            await self.socket.send_text(message)
+        else:
+            await self.socket.send_bytes(message)
+            self.shown += has_pictures(message)

@@ -1,4 +1,4 @@
-"""What the server plays with: the models, the characters and recordings that came with the first, the places for sessions.
+"""What the server plays with: the models, the characters and recordings beside the first, the places for sessions.
 
 A place is one session of one model; a comparison takes two. All models of a session get the same character, text, seed
 and sound.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from student.live.demo import Demo
+from student.demo import read_demo
+from student.hearing import LATENT_RATE
 from student.live.meters import IdentityMeter
 from student.live.scheduler import Scheduler, Session
 from student.live.wire import PROTOCOL, Close, Refusal, Start
@@ -49,11 +51,7 @@ class Shown:
 
     @property
     def chunk_seconds(self) -> float:
-        stream = self.model.backbone.stream
-        return stream.chunk_frames * STRIDE[0] / FPS
-
-
-FPS = 24
+        return self.model.backbone.stream.chunk_frames / LATENT_RATE
 
 
 @dataclass(frozen=True)
@@ -68,12 +66,13 @@ class Part:
 class Studio:
     """Models, characters, limits, the compute thread; counts who is in."""
 
-    def __init__(self, shown: list[Shown], demo: Demo, ring: Scheduler, limits: Limits | None = None) -> None:
+    def __init__(self, shown: list[Shown], folder: Path, ring: Scheduler, limits: Limits | None = None) -> None:
         self.shown = {one.name: one for one in shown}
-        self.demo, self.ring, self.limits = demo, ring, limits or Limits()
+        self.folder, self.demo = folder, read_demo(folder)
+        self.ring, self.limits = ring, limits or Limits()
         self.sessions = 0
         self.connections = 0
-        self.references: dict[str, Tensor] = {name: demo.references(name) for name in demo.characters}
+        self.references: dict[str, Tensor] = {name: self.demo.references(name) for name in self.demo.characters}
         self._meters: dict[tuple[str, str], IdentityMeter] = {}
 
     def describe(self) -> dict[str, Any]:
@@ -81,7 +80,7 @@ class Studio:
         return {
             "protocol": PROTOCOL,
             "sample_rate": SAMPLE_RATE,
-            "fps": FPS,
+            "fps": LATENT_RATE * STRIDE[0],
             "models": [
                 {
                     "name": one.name,
@@ -92,8 +91,19 @@ class Studio:
                 for one in self.shown.values()
             ],
             "limits": {"sessions": self.limits.sessions, "ahead_seconds": self.limits.ahead_seconds},
-            **self.demo.describe(),
+            "characters": [
+                {"name": name, "image": self._address(files[0])} for name, files in self.demo.characters.items()
+            ],
+            "voices": [
+                {"name": name, "file": self._address(voice.file), "role": voice.role, "text": voice.text}
+                for name, voice in self.demo.voices.items()
+            ],
+            "captions": self.demo.captions,
         }
+
+    def _address(self, file: Path) -> str:
+        """Where the page finds a file of the export, from the server's root."""
+        return file.relative_to(self.folder).as_posix()
 
     def enter(self, told: Start) -> list[Part]:
         """The sessions of one start message, each with its place taken; Refusal when it cannot be."""
@@ -103,7 +113,9 @@ class Studio:
         if told.character not in self.references:
             raise Refusal(Close.MALFORMED, "There is no character of that name here.")
         if self.sessions + len(told.models) > self.limits.sessions:
-            raise Refusal(Close.FULL, f"The server is full: {self.sessions} of {self.limits.sessions} places are taken.")
+            raise Refusal(
+                Close.FULL, f"The server is full: {self.sessions} of {self.limits.sessions} places are taken."
+            )
         self.sessions += len(told.models)
         return [self._part(self.shown[name], told) for name in told.models]
 

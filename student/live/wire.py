@@ -165,6 +165,11 @@ def pack_chunk(header: dict[str, Any], pictures: list[bytes]) -> bytes:
     return b"".join([len(told).to_bytes(4, "little"), told, *pictures])
 
 
+def has_pictures(message: bytes) -> bool:
+    """Whether a chunk carries pictures; without them its header is all there is."""
+    return len(message) > 4 + int.from_bytes(message[:4], "little")
+
+
 def unpack_chunk(message: bytes) -> tuple[dict[str, Any], list[bytes]]:
     """The inverse, for clients in Python."""
     at = 4 + int.from_bytes(message[:4], "little")

@@ -62,7 +62,7 @@ async function start() {
   const panes = models();
   const canvases = panes.map((_, i) => document.querySelector(`#pane-${"ab"[i]} canvas`));
   const session = { context, pump: null, player: null };
-  live?.stream.close();
+  shut(live);
   live = session;
   meters.start(panes.length);
   session.stream = new Stream(
@@ -100,11 +100,15 @@ function give(session, first, samples) {
   document.querySelector(".level i").style.transform = `scaleX(${Math.min(1, 1.3 * Math.sqrt(loudest)).toFixed(3)})`;
 }
 
+function shut(session) {
+  session?.stream.close();
+  session?.pump?.close();
+  session?.player?.close();
+}
+
 function end() {
   if (!live) return;
-  live.stream.close();
-  live.pump?.close();
-  live.player?.close();
+  shut(live);
   live.context.close();
   live = null;
   document.querySelector(".level i").style.transform = "scaleX(0)";
@@ -161,6 +165,13 @@ async function useSource() {
   }
 }
 
+// A recording was made for one role; the user may still choose the other.
+function voiceChanged() {
+  const voice = about.voices[$("voice").selectedIndex];
+  $("words").textContent = voice?.text ?? "";
+  if (voice) document.querySelector(`input[name="role"][value="${voice.role}"]`).checked = true;
+}
+
 function trouble(text) {
   notice(text, "bad");
   $("notice").dataset.about = "sound";
@@ -171,7 +182,7 @@ function trouble(text) {
 
 function sourceChanged(fresh = true) {
   const source = chosen("source");
-  $("recording").hidden = source !== "recording";
+  $("recording").hidden = $("words").hidden = source !== "recording";
   if (source === "microphone" && fresh) hear(false); // the loudspeaker would feed the microphone
   if (source === "recording" && fresh) hear(true);
   if (fresh) useSource();
@@ -187,7 +198,7 @@ function hear(on) {
 // ---- text -----------------------------------------------------------------------------------------------------------
 
 function compose() {
-  const { form, ...choices } = about.captions;
+  const { form = "", ...choices } = about.captions;
   return form.replace(/\{(\w+)\}/g, (_, name) => (choices[name] ? chosen(name) : ""));
 }
 
@@ -219,7 +230,7 @@ function build() {
     element("label", { title: name }, element("input", { type: "radio", name: "character", value: name, checked: i === 0 }),
       element("img", { src: `/${image}`, alt: "" }), element("span", { textContent: name })));
   document.querySelector(".faces").replaceChildren(...faces);
-  $("voice").replaceChildren(...about.voices.map(({ name, file }) => element("option", { value: `/${file}`, textContent: name })));
+  $("voice").replaceChildren(...about.voices.map(({ name, file }) => element("option", { value: `/${file}`, textContent: name.replace("-", " ") })));
   const { form, ...choices } = about.captions;
   const groups = Object.entries(choices).map(([name, words]) =>
     element("fieldset", {}, element("legend", { textContent: BORN[name] ?? name }),
@@ -228,6 +239,7 @@ function build() {
   if (form) $("text").value = compose();
   about.models.forEach(({ label }, i) => (document.querySelector(`#pane-${"ab"[i]} .label`).textContent = label));
   $("compare").hidden = about.models.length < 2;
+  voiceChanged();
   poster();
 }
 
@@ -267,7 +279,10 @@ function wire() {
   $("mute").onclick = () => hear(!sounding);
   $("compare").onclick = compare;
   $("again").onclick = useSource;
-  $("voice").onchange = useSource;
+  $("voice").onchange = () => {
+    voiceChanged();
+    useSource();
+  };
   $("source").onchange = () => sourceChanged();
   $("characters").onchange = () => (live ? start() : poster());
   $("captions").onchange = () => {
