@@ -32,9 +32,16 @@ def write_demo(data: Path, folder: Path) -> None:
         "characters": _characters(data, folder),
         "voices": _voices(data.parent / "speech", folder),
         "texts": TEXTS,
-        "captions": motion.grammar(),
+        "captions": captions(),
     }
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def captions() -> dict[str, str | list[str]]:
+    """How a caption is made: a form, and for each of its blanks one phrasing of every label."""
+    before = {"expression": "", "gaze": "looking ", "pose": "head "}
+    blanks = {name: [before[name] + label for label in labels] for name, labels in motion.LABELS.items()}
+    return {"form": "a {expression} person, {gaze}, {pose}", **blanks}
 
 
 def _characters(data: Path, folder: Path) -> dict[str, dict[str, list[str]]]:

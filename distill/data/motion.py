@@ -88,15 +88,6 @@ def caption(attributes: Attributes, generator: np.random.Generator) -> str:
     )
 
 
-def grammar() -> dict[str, str | list[str]]:
-    """How captions are made: a form, and for each of its blanks the plainest phrasing of every label."""
-    blanks = {"expression": _EXPRESSION_WORDS, "gaze": _GAZE_WORDS, "pose": _POSE_WORDS}
-    return {
-        "form": _FORMS[0].format(e="{expression}", g="{gaze}", p="{pose}"),
-        **{name: [phrasings[0] for phrasings in options] for name, options in blanks.items()},
-    }
-
-
 def _windows(wave: Array, frames: int) -> Array:
     """The sound behind each video frame, past frames included: [PAST_FRAMES + F, WINDOW]."""
     ends = np.round(np.arange(1, PAST_FRAMES + frames + 1) * SAMPLE_RATE / VIDEO_RATE).astype(np.int64)
