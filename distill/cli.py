@@ -60,6 +60,18 @@ COMMANDS = {
         "measure teacher and student on held-out characters and speech", "distill.pipeline:evaluate", several=True
     ),
     "report": Command("write the report of a run from its scores", "distill.pipeline:report", several=True),
+    "stream": Command(
+        "play a recording to a character of an Online LPM and film it",
+        "distill.streaming:stream",
+        own=(
+            ("audio", "what the character says: any audio file, or a recording of the model's folder"),
+            ("listen", "what the character hears, likewise"),
+            ("character", "a character of the model's folder (default: the first)"),
+            ("text", "how the character is to look: a caption, or a text of the model's folder (default: its first)"),
+            ("model", "an Online LPM folder (default: that of the run)"),
+            ("out", "the mp4 to write (default: under the run's streams/)"),
+        ),
+    ),
     "lineage": Command(
         "draw the family tree of a run's newest checkpoint, or of --parent", "distill.listing:family", quiet=True
     ),

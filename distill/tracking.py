@@ -144,11 +144,19 @@ def truncate(metrics: Path, step: int) -> None:
     os.replace(temporary, metrics)
 
 
-def progress(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
-    """Yield `items` under a progress bar with ETA; without a terminal, a plain line every ten seconds."""
+def progress(
+    items: Iterable[Item], description: str, total: int | None = None, note: Callable[[], str] = str
+) -> Iterator[Item]:
+    """Yield `items` under a progress bar with ETA; without a terminal, a plain line every ten seconds.
+
+    What `note` returns is shown behind the numbers.
+    """
     total = len(items) if total is None and isinstance(items, Sized) else total
     if sys.stderr.isatty():
-        yield from tqdm(items, desc=description, total=total)
+        with tqdm(items, desc=description, total=total) as bar:
+            for item in bar:
+                yield item
+                bar.set_postfix_str(note(), refresh=False)
         return
     begun = told = time.monotonic()
     for count, item in enumerate(items, start=1):
@@ -157,7 +165,7 @@ def progress(items: Iterable[Item], description: str, total: int | None = None) 
         if now - told >= PLAIN_SECONDS:
             told = now
             left = f"/{total}, ETA {clock((now - begun) / count * (total - count))}" if total else ""
-            print(f"{description}: {count}{left}", flush=True)
+            print(f"{description}: {count}{left}{', ' if note() else ''}{note()}", flush=True)
 
 
 class StopSignal:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from student import session_file
+from student.fast import FastDiT
 from student.hearing import LATENT_RATE, Heard, Waiting, paired, state_of, whole_frames
 from student.kv_cache import KVCache
 from student.stream import draft_chunk, refine_chunk
@@ -72,6 +73,7 @@ class Session:
         self.heard = Heard.nothing(model.backbone.dit.config.mels)  # like the caches: as of the last delivered chunk
         self.waiting = Waiting()
         told = self._told(self.heard.features, text)
+        self._backbone, self._refiner = FastDiT(model.backbone), FastDiT(model.refiner)
         self.draft_cache, self.final_cache = model.backbone.start(told), model.refiner.start(told)
         self._drafts: dict[int, Future[Draft]] = {}  # made ahead, by number: one, or two while a chunk is refined
         self._worker: ThreadPoolExecutor | None = None
@@ -145,7 +147,7 @@ class Session:
             self._drafts[self.index + 1] = self._submit(self.index + 1, draft.heard, following, draft.cache)
         began = time.perf_counter()
         generator = keyed_generator(self.seed, self.index, "refine")
-        x0, final_cache = refine_chunk(self.model.refiner, draft.told, self.final_cache, draft.x0, generator)
+        x0, final_cache = refine_chunk(self._refiner, draft.told, self.final_cache, draft.x0, generator)
         frames = self.model.pictures(x0)[0]
         seconds = draft.seconds + time.perf_counter() - began
         chunk = Chunk(
@@ -175,7 +177,7 @@ class Session:
         began = time.perf_counter()
         features, heard = heard.listen(samples, self._size)
         told = self._told(features, self._text(index))
-        x0, cache = draft_chunk(self.model.backbone, told, cache, keyed_generator(self.seed, index, "draft"))
+        x0, cache = draft_chunk(self._backbone, told, cache, keyed_generator(self.seed, index, "draft"))
         return Draft(told, x0, cache, heard, time.perf_counter() - began)
 
     def _deliver(self, draft: Draft, final_cache: KVCache, samples: int) -> None:

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from student.causal_dit import CausalDiT
+from student.fast import FastDiT
 from student.kv_cache import KVCache
 from teacher.conditions import Conditions
 from teacher.flow import add_noise, x0_from_v
 
+Network = CausalDiT | FastDiT
 PARTS = ("draft", "refine")
 Noise = Callable[[int, str], torch.Generator]  # (number of the chunk, its part) -> where its noise comes from
 
@@ -29,7 +31,7 @@ def gaussian(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def denoise_chunk(
-    model: CausalDiT,
+    model: Network,
     cond: Conditions,
     cache: KVCache,
     steps: tuple[float, ...],
@@ -53,7 +55,7 @@ def denoise_chunk(
 
 @torch.no_grad()
 def remember_chunk(
-    model: CausalDiT, x0: Tensor, cond: Conditions, cache: KVCache, noise: float, generator: torch.Generator
+    model: Network, x0: Tensor, cond: Conditions, cache: KVCache, noise: float, generator: torch.Generator
 ) -> KVCache:
     """Write a finished chunk into the cache as history at noise level `noise`, without gradient."""
     t = torch.full((len(x0),), noise, dtype=torch.float64, device=x0.device)
@@ -63,7 +65,7 @@ def remember_chunk(
 
 @torch.no_grad()
 def draft_chunk(
-    backbone: CausalDiT, told: Conditions, cache: KVCache, generator: torch.Generator, alone: bool = False
+    backbone: Network, told: Conditions, cache: KVCache, generator: torch.Generator, alone: bool = False
 ) -> tuple[Tensor, KVCache]:
     """The backbone's part of a chunk: all steps but the last (`alone`: all of them), then noisy history.
 
@@ -78,7 +80,7 @@ def draft_chunk(
 
 @torch.no_grad()
 def refine_chunk(
-    refiner: CausalDiT, told: Conditions, cache: KVCache, draft: Tensor, generator: torch.Generator
+    refiner: Network, told: Conditions, cache: KVCache, draft: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, KVCache]:
     """The refiner's part: the last step, from the re-noised draft, then clean history -> x0 like draft, next cache."""
     x0 = denoise_chunk(refiner, told, cache, refiner.stream.steps[-1:], draft, generator)
@@ -100,12 +102,12 @@ def stream(
         raise ValueError(
             f"A stream is made of whole chunks of {size} latent frames, the audio covers {cond.num_frames}: pad it."
         )
-    draft_cache = backbone.start(cond)
-    final_cache = refiner.start(cond) if refiner is not None else None
+    draft_cache, fast = backbone.start(cond), FastDiT(backbone)
+    final_cache, finish = (refiner.start(cond), FastDiT(refiner)) if refiner is not None else (None, None)
     for index in range(cond.num_frames // size):
         told = cond.frames(index * size, (index + 1) * size)
         sources = [generator if isinstance(generator, torch.Generator) else generator(index, p) for p in PARTS]
-        x0, draft_cache = draft_chunk(backbone, told, draft_cache, sources[0], alone=refiner is None)
-        if refiner is not None and final_cache is not None:
-            x0, final_cache = refine_chunk(refiner, told, final_cache, x0, sources[1])
+        x0, draft_cache = draft_chunk(fast, told, draft_cache, sources[0], alone=refiner is None)
+        if finish is not None and final_cache is not None:
+            x0, final_cache = refine_chunk(finish, told, final_cache, x0, sources[1])
         yield x0

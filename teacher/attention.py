@@ -118,17 +118,23 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, text: Tensor, audio: Tensor, offsets: Tensor) -> Tensor:
         """x [B, N, D] with N = T * tokens per frame; text [B, L, D]; audio [B, T + W - 1, G, D] where frame t looks
         at audio frames t .. t + W - 1 (its own is the last); offsets [W, G, D] -> [B, N, D]."""
-        q = self.norm_q(self.q(x))
         heads = "b n (h d) -> b n h d"
+        q = rearrange(self.norm_q(self.q(x)), heads, h=self.heads)
+        text_kv, audio_kv = self.told(text, audio, offsets)
+        attended = attention(q, *text_kv)
+        frames = audio.shape[1] - offsets.shape[0] + 1
+        heard = attention(rearrange(q, "b (t n) h d -> (b t) n h d", t=frames), *audio_kv)
+        heard = rearrange(heard, "(b t) n h d -> b (t n) (h d)", t=frames)
+        return self.o(attended.flatten(2)) + self.audio_o(heard)
+
+    def told(self, text: Tensor, audio: Tensor, offsets: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Keys and values of the text, [B, L, heads, d], and of every frame's window of audio, [B T, W G, heads, d]."""
         k, v = self.norm_k(self.k(text)), self.v(text)
-        attended = attention(*(rearrange(y, heads, h=self.heads) for y in (q, k, v)))
+        read = tuple(rearrange(y, "b n (h d) -> b n h d", h=self.heads) for y in (k, v))
         window = offsets.shape[0]
-        frames = audio.shape[1] - window + 1
         k, v = (
             rearrange(layer(audio).unfold(1, window, 1), "b t g d w -> b t w g d") + F.linear(offsets, layer.weight)
             for layer in (self.audio_k, self.audio_v)
         )
-        k, v = (rearrange(y, "b t w g (h d) -> (b t) (w g) h d", h=self.heads) for y in (self.norm_k(k), v))
-        heard = attention(rearrange(q, "b (t n) (h d) -> (b t) n h d", t=frames, h=self.heads), k, v)
-        heard = rearrange(heard, "(b t) n h d -> b (t n) (h d)", t=frames)
-        return self.o(attended.flatten(2)) + self.audio_o(heard)
+        heard = tuple(rearrange(y, "b t w g (h d) -> (b t) (w g) h d", h=self.heads) for y in (self.norm_k(k), v))
+        return (read[0], read[1]), (heard[0], heard[1])

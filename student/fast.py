@@ -1,0 +1,165 @@
+"""The causal student for streaming: the numbers of `CausalDiT` without gradient, without doing anything twice.
+
+The evaluations of one chunk (its steps, and the one that writes its keys and values) have the conditions and the
+context in common. What follows from these alone is made once per chunk: keys of the context rotated to their places,
+keys and values of text and audio. What follows from a time alone is made once per stream.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from student.causal_dit import CausalDiT, StreamConfig
+from student.kv_cache import KVCache
+from teacher.attention import KV, attention
+from teacher.blocks import Block, time_features
+from teacher.conditions import Conditions
+from teacher.rope import rope_angles
+
+KEPT_BYTES = 2**30  # rotated copies of a context up to this size are kept; larger ones are made again layer by layer
+Turn = tuple[Tensor, Tensor]
+Table = list[list[Tensor]]  # per layer: shift, 1 + scale, gate (attention), shift, 1 + scale, gate (feed-forward)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one block looks at besides the chunk itself; k rotated, all [B, M, heads, d], mask [B, 1, 1, M + N] bool."""
+
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    text: tuple[Tensor, Tensor]
+    audio: tuple[Tensor, Tensor]  # [B * K, ...]: every latent frame has its own window
+
+
+class FastDiT:
+    """Stands in for a `CausalDiT` in the streaming loop. One per network and stream: it remembers the last chunk."""
+
+    def __init__(self, model: CausalDiT):
+        self.model, self.dit = model, model.dit
+        self._times: dict[float, tuple[Tensor, Table]] = {}
+        self._chunk: tuple[Conditions, KVCache, list[Layer] | None, Turn] | None = None
+
+    @property
+    def stream(self) -> StreamConfig:
+        return self.model.stream
+
+    def start(self, cond: Conditions) -> KVCache:
+        return self.model.start(cond)
+
+    def velocity(self, xt: Tensor, t: Tensor, cond: Conditions, cache: KVCache) -> Tensor:
+        """v of one chunk, xt [B, K, C, H, W], t [B], all of one value."""
+        return self._run(xt, t, cond, cache)[0]
+
+    def remember(self, x: Tensor, t: Tensor, cond: Conditions, cache: KVCache) -> KVCache:
+        """The cache after the finished chunk `x`."""
+        return cache.push(self._run(x, t, cond, cache)[1])
+
+    @torch.no_grad()
+    def _run(
+        self, x: Tensor, t: Tensor, cond: Conditions, cache: KVCache
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        dit, heads, patch = self.dit, self.dit.config.heads, self.dit.config.patch
+        frames, (rows, columns) = x.shape[1], dit.token_grid(x)
+        layers, turn = self._prepared(cond, cache)
+        time, table = self._time(t, x)
+        tokens = rearrange(x, "b t c (h p) (w q) -> b t (h w) (p q c)", p=patch, q=patch)
+        tokens = dit.patch_embedding(tokens.to(dit.patch_embedding.weight.dtype))  # [B, K, n, D]
+        tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+        written = []
+        for block, layer, (shift1, scale1, gate1, shift2, scale2, gate2) in zip(dit.blocks, layers, table, strict=True):
+            assert isinstance(block, Block)
+            own, cross = block.self_attn, block.cross_attn
+            y = _modulated(tokens, shift1, scale1)
+            k, v = own.norm_k(own.k(y)).flatten(1, 2), own.v(y).flatten(1, 2)  # [B, N, D]
+            written.append((k, v))
+            q = _turned(own.norm_q(own.q(y)).flatten(1, 2).unflatten(-1, (heads, -1)), turn)
+            keys = torch.cat([layer.k.to(k.dtype), _turned(k.unflatten(-1, (heads, -1)), turn)], 1)
+            values = torch.cat([layer.v.to(v.dtype), v.unflatten(-1, (heads, -1))], 1)
+            seen = attention(q, keys, values, layer.mask).flatten(2).unflatten(1, (frames, -1))
+            tokens = torch.addcmul(tokens, own.o(seen).to(tokens.dtype), gate1)
+
+            q = cross.norm_q(cross.q(block.norm3(tokens))).unflatten(-1, (heads, -1))  # [B, K, n, heads, d]
+            read = attention(q.flatten(1, 2), *layer.text).flatten(2).unflatten(1, (frames, -1))
+            heard = attention(q.flatten(0, 1), *layer.audio).flatten(2).unflatten(0, (-1, frames))
+            tokens = tokens + (cross.o(read) + cross.audio_o(heard))
+            tokens = torch.addcmul(tokens, block.ffn(_modulated(tokens, shift2, scale2)).to(tokens.dtype), gate2)
+        out = dit.head(tokens.flatten(1, 2), time)
+        v = rearrange(out, "b (t h w) (p q c) -> b t c (h p) (w q)", t=frames, h=rows, w=columns, p=patch, q=patch)
+        return v.to(x.dtype), written
+
+    # ---- once per stream --------------------------------------------------------------------------------------
+
+    def _time(self, t: Tensor, x: Tensor) -> tuple[Tensor, Table]:
+        """Time embedding [1, K, D] and what the blocks make of it, each [1, 1, 1, D], for a time that all share."""
+        key = float(t[0])
+        if key not in self._times:
+            dit = self.dit
+            dtype = torch.promote_types(dit.patch_embedding.weight.dtype, torch.float32)
+            time = dit.time_embedding(time_features(t[:1, None]).to(dtype))  # [1, 1, D]
+            shared = dit.time_projection(time).unflatten(-1, (6, -1))  # [1, 1, 6, D]
+            table = []
+            for block in dit.blocks:
+                parts = [part[:, :, None] for part in (block.modulation + shared).unbind(2)]
+                table.append([part + 1 if index % 3 == 1 else part for index, part in enumerate(parts)])
+            self._times[key] = (time.expand(-1, x.shape[1], -1), table)
+        return self._times[key]
+
+    # ---- once per chunk ---------------------------------------------------------------------------------------
+
+    def _prepared(self, cond: Conditions, cache: KVCache) -> tuple[Iterable[Layer], Turn]:
+        """The layers of a chunk, kept until another comes; and how its own tokens are turned."""
+        if self._chunk is None or self._chunk[0] is not cond or self._chunk[1] is not cache:
+            head = self.dit.config.dim // self.dit.config.heads
+            turn = _turn(cache.positions(), head, self.dit.patch_embedding.weight.dtype)
+            size = sum(kv.k.numel() * kv.k.element_size() for kv in cache.context()[0]) * 2 * self.dit.config.depth
+            self._chunk = (cond, cache, list(self._layers(cond, cache)) if size <= KEPT_BYTES else None, turn)
+        _, _, layers, turn = self._chunk
+        return (layers if layers is not None else self._layers(cond, cache)), turn
+
+    def _layers(self, cond: Conditions, cache: KVCache) -> Iterator[Layer]:
+        context = cache.context()
+        places, dtype = torch.cat([kv.positions for kv in context[0]]), self.dit.patch_embedding.weight.dtype
+        turn = _turn(places, self.dit.config.dim // self.dit.config.heads, dtype)
+        heads, told = self.dit.config.heads, self.dit._told(cond)
+        for index, (block, seen) in enumerate(zip(self.dit.blocks, context, strict=True)):
+            k = torch.cat([kv.k for kv in seen], 1).unflatten(-1, (heads, -1))
+            v = torch.cat([kv.v for kv in seen], 1).unflatten(-1, (heads, -1))
+            text, audio, offsets = told[index % 2]
+            yield Layer(_turned(k, turn), v, _mask(seen, cache), *block.cross_attn.told(text, audio, offsets))
+
+
+def _mask(seen: list[KV], cache: KVCache) -> Tensor | None:
+    """[B, 1, 1, M + N] bool: which keys are there; None where all are."""
+    if all(kv.mask is None or bool(kv.mask.all()) for kv in seen):
+        return None
+    there = [torch.ones(kv.k.shape[:2], dtype=torch.bool) if kv.mask is None else kv.mask.cpu() for kv in seen]
+    own = torch.ones(len(there[0]), math.prod(cache.grid), dtype=torch.bool)
+    return torch.cat([*there, own], 1)[:, None, None].to(seen[0].k.device)
+
+
+def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """AdaLN; `scale` has its 1 added already."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), scale)
+
+
+def _turn(positions: Tensor, head_dim: int, dtype: torch.dtype) -> Turn:
+    """Cosines and signed sines of RoPE for every channel, [N, 1, d]: x cos + (x with pairs swapped) sin."""
+    angles = rope_angles(positions, head_dim).repeat_interleave(2, -1)[:, None]
+    signs = torch.tensor([-1.0, 1.0], dtype=angles.dtype, device=angles.device).repeat(head_dim // 2)
+    dtype = torch.promote_types(dtype, torch.float32)
+    return angles.cos().to(dtype), (angles.sin() * signs).to(dtype)
+
+
+def _turned(x: Tensor, turn: Turn) -> Tensor:
+    """`teacher.rope.rotate` with what `_turn` made: x [B, N, heads, d]."""
+    cos, sin = turn
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
