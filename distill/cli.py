@@ -72,6 +72,17 @@ COMMANDS = {
             ("out", "the mp4 to write (default: under the run's streams/)"),
         ),
     ),
+    "serve": Command(
+        "serve a page on which a character speaks and listens live",
+        "distill.serving:serve",
+        own=(
+            ("model", "an Online LPM folder (default: the run's)"),
+            ("compare", "another one, to be shown beside it"),
+            ("host", "address to listen at (default: 127.0.0.1, this machine alone)"),
+            ("port", "port to listen at (default: 8000)"),
+        ),
+        quiet=True,
+    ),
     "lineage": Command(
         "draw the family tree of a run's newest checkpoint, or of --parent", "distill.listing:family", quiet=True
     ),

@@ -145,11 +145,12 @@ def server(app: ASGIApp, limits: Limits | None = None) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-def serve(folders: list[Path], host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Serve until ctrl-C. ValueError, one sentence, when a model is missing or the port is taken."""
-    with contextlib.closing(bind(host, port)) as listener:
+def serve(folders: list[Path], listener: socket.socket, host: str = "127.0.0.1") -> None:
+    """Serve one or two Online LPM folders until ctrl-C. ValueError, one sentence, when one of them is not whole."""
+    with contextlib.closing(listener):
+        port = listener.getsockname()[1]
         app = application(load(folders), folders[0], host=host)
-        shown_host = f"[{host}]" if ":" in host else host
-        print(f"Online LPM is at http://{shown_host}:{listener.getsockname()[1]} (ctrl-C ends it)", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
+        address = f"[{host}]" if ":" in host else host
+        print(f"Online LPM is at http://{address}:{port} (ctrl-C ends it)", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended everything in order by then
             server(app).run(sockets=[listener])

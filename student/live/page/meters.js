@@ -1,5 +1,5 @@
 // The tiles under the picture: one value per checkpoint, and the latest minute as a line.
-const POINTS = 120;
+const POINTS = 120, FEWEST = 24; // the line fills its tile once there are that many
 const SVG = "http://www.w3.org/2000/svg";
 
 class Meter {
@@ -38,7 +38,7 @@ class Meter {
     const lines = this.history.map((points, pane) => {
       const line = document.createElementNS(SVG, "polyline");
       line.setAttribute("class", pane ? "of-b" : "of-a");
-      line.setAttribute("points", points.map((value, i) => `${((120 * i) / (POINTS - 1)).toFixed(2)},${height(value)}`).join(" "));
+      line.setAttribute("points", points.map((value, i) => `${((120 * i) / (Math.max(FEWEST, points.length) - 1)).toFixed(2)},${height(value)}`).join(" "));
       return line;
     });
     if (this.mark !== null) {

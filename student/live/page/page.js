@@ -7,7 +7,7 @@ import { RATE } from "/page/resample.js";
 
 const $ = (id) => document.getElementById(id);
 const chosen = (name) => document.querySelector(`input[name="${name}"]:checked`)?.value;
-const STATES = { speak: "speaking", listen: "listening", silence: "silent", off: "not started" };
+const STATES = { speak: "speaking", listen: "listening", silence: "silent", wait: "starting", off: "not started" };
 const FIRST_WAIT = 1, LONGEST_WAIT = 8; // seconds before connecting again
 const BORN = { expression: "Expression", gaze: "Gaze", pose: "Head" }; // titles of what the text may say
 
@@ -65,6 +65,7 @@ async function start() {
   shut(live);
   live = session;
   meters.start(panes.length);
+  panes.forEach((_, pane) => describeState(pane, "wait"));
   session.stream = new Stream(
     { character: chosen("character"), text: $("text").value, seed: 0, sample_rate: RATE, models: panes },
     {
@@ -90,10 +91,7 @@ async function start() {
 }
 
 function give(session, first, samples) {
-  if (!session.stream.push(chosen("role"), samples)) {
-    if (session.stream.open) lost("The network is slower than the sound.", true);
-    return;
-  }
+  if (!session.stream.push(chosen("role"), samples)) return lost("The network is slower than the sound.", true);
   session.player.remember(first, samples);
   let loudest = 0;
   for (const value of samples) loudest = Math.max(loudest, Math.abs(value));

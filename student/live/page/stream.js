@@ -30,9 +30,10 @@ export class Stream {
     if (this.socket.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify({ type, ...fields }));
   }
 
-  // Float32Array in [-1, 1] at 16 kHz; false when it could not be sent.
+  // Float32Array in [-1, 1] at 16 kHz; false when the network is too slow for it.
   push(role, samples) {
-    if (!this.open || this.socket.bufferedAmount > CROWDED) return false;
+    if (this.socket.readyState !== WebSocket.OPEN) return true; // its end is told by itself
+    if (this.socket.bufferedAmount > CROWDED) return false;
     const message = new ArrayBuffer(4 + 2 * samples.length);
     const view = new DataView(message);
     view.setUint32(0, CHANNELS[role], true);
