@@ -62,14 +62,14 @@ def load(folders: list[Path]) -> list[Shown]:
     shown = []
     for name, folder in zip("ab", folders, strict=False):
         embedder = IdentityEmbedder.load(folder) if (folder / "embedder.json").is_file() else None
-        shown.append(Shown(name, _label(folder), OnlineLPM.from_pretrained(folder), embedder))
+        shown.append(Shown(name, label(folder), OnlineLPM.from_pretrained(folder), embedder))
     if not read_demo(folders[0]).characters:
         raise ValueError(f"{folders[0]} comes without characters (demo.json): make it again with `make export`.")
     return shown
 
 
-def _label(folder: Path) -> str:
-    """runs/tiny/online-lpm -> tiny: the folder's own name is the same for all."""
+def label(folder: Path) -> str:
+    """What people call a folder: runs/tiny/online-lpm -> tiny, for the last part is the same for all."""
     folder = folder.resolve()
     return folder.parent.name if folder.name == "online-lpm" else folder.name
 
@@ -120,6 +120,7 @@ def bind(host: str, port: int) -> socket.socket:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
+            listener.listen()
         except BaseException:
             listener.close()
             raise

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from live import CHUNK, FRAMES, SECONDS, SIDE, Client, PretendedModel, running, small_demo, tone
+from live import CHUNK, FRAMES, SECONDS, Client, PretendedModel, running, small_demo, tone
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from student import serve
@@ -372,6 +372,24 @@ def test_a_slow_client_loses_pictures_first_then_its_place_and_memory_stays(demo
     assert len(slow.chunks) < 20 and all(pictures for _, pictures in slow.chunks)
 
 
+def test_a_client_that_was_slow_for_a_moment_misses_pictures_but_no_chunk(demo, monkeypatch):
+    monkeypatch.setattr("student.live.connection.jpeg", lambda frame: bytes(400_000))
+    limits = Limits(frames_waiting=3, messages_waiting=200, ahead_seconds=100, backlog_seconds=100)
+    with running(one(), demo, limits) as port, Client(port, max_queue=1) as client:
+        client.start()
+        for _ in range(40):
+            client.push(tone(SECONDS))
+        time.sleep(0.5)  # not reading
+        client.read_chunks(40)
+        client.push(tone(SECONDS))
+        client.read_chunks(41)
+    missed = [header["dropped_frames"] for header, _ in client.chunks]
+    assert [header["index"] for header, _ in client.chunks] == list(range(41))
+    assert missed[0] == 0 and FRAMES in missed and missed[-1] == 0  # it gets pictures again
+    for header, pictures in client.chunks:
+        assert len(pictures) == len(header["times"]) == FRAMES - header["dropped_frames"]
+
+
 def test_a_client_that_never_reads_is_cut_off(demo, monkeypatch):
     monkeypatch.setattr("student.live.connection.jpeg", lambda frame: bytes(400_000))
     monkeypatch.setattr(serve, "CUT_SECONDS", 0.2)
@@ -430,26 +448,3 @@ def test_sessions_take_turns_of_one_chunk_whatever_each_has_waiting():
     for cut in range(1, 16):  # while all have sound
         counts = [done[:cut].count(number) for number in range(5)]
         assert max(counts) - min(counts) <= 1, done
-
-
-# ---- the address ------------------------------------------------------------------------------------------------
-
-
-def test_a_taken_port_and_a_missing_model_are_one_sentence(tmp_path):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(ValueError, match=f"Port {port} of 127.0.0.1 is taken: give another one with PORT=."):
-            serve.bind("127.0.0.1", port)
-    with pytest.raises(ValueError, match="config.json is missing"):
-        serve.load([tmp_path])
-
-
-def test_it_binds_to_this_machine_alone_unless_told():
-    import inspect
-
-    assert inspect.signature(serve.serve).parameters["host"].default == "127.0.0.1"
-
-
-assert SIDE == 16
