@@ -23,7 +23,7 @@ RUN_IT = $(PYTHON) -m distill
 
 .DEFAULT_GOAL := help
 .PHONY: help online-lpm data teacher keep-teacher trajectories distill distill-stage1 distill-stage2 distill-stage3 distill-stage4 \
-        export evaluate report stream doctor lineage recipes validate runs diff test mutants objectives lint types gpu ci smoke clean clean-venv
+        export evaluate report stream latency doctor lineage recipes validate runs diff test mutants objectives lint types gpu ci smoke clean clean-venv
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -74,6 +74,9 @@ report: $(VENV)/.installed ## write the report of a run again from its scores
 stream: $(VENV)/.installed ## film a character: AUDIO=file [LISTEN=file] [CHARACTER=name] [TEXT=".."] [MODEL=folder] [OUT=file.mp4]
 	@$(RUN_IT) stream $(ARGS) --audio '$(AUDIO)' --listen '$(LISTEN)' --character '$(CHARACTER)' --text '$(TEXT)' \
 	  --model '$(MODEL)' --out '$(OUT)'
+
+latency: $(VENV)/.installed ## time per chunk, first frame, memory over an hour, and against the teacher (HORIZON=seconds)
+	@$(RUN_IT) latency $(ARGS) --model '$(MODEL)' --horizon '$(HORIZON)'
 
 # ---- looking --------------------------------------------------------------------------------------------------
 
