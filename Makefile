@@ -23,7 +23,7 @@ RUN_IT = $(PYTHON) -m distill
 
 .DEFAULT_GOAL := help
 .PHONY: help online-lpm data teacher keep-teacher trajectories distill distill-stage1 distill-stage2 distill-stage3 distill-stage4 \
-        export evaluate report stream serve doctor lineage recipes validate runs diff test mutants objectives lint types gpu ci smoke clean clean-venv
+        export evaluate report stream serve latency doctor lineage recipes validate runs diff test mutants objectives lint types gpu ci smoke clean clean-venv
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -77,6 +77,9 @@ stream: $(VENV)/.installed ## film a character: AUDIO=file [LISTEN=file] [CHARAC
 
 serve: $(VENV)/.serve ## a live page: [MODEL=folder] [COMPARE=folder] [PORT=8000] [HOST=127.0.0.1]; ctrl-C ends it
 	@$(RUN_IT) serve $(ARGS) --model '$(MODEL)' --compare '$(COMPARE)' --host '$(HOST)' --port '$(PORT)'
+
+latency: $(VENV)/.installed ## time per chunk, first frame, memory over an hour, and against the teacher (HORIZON=seconds)
+	@$(RUN_IT) latency $(ARGS) --model '$(MODEL)' --horizon '$(HORIZON)'
 
 # ---- looking --------------------------------------------------------------------------------------------------
 

@@ -63,6 +63,7 @@ COMMANDS = {
     "stream": Command(
         "play a recording to a character of an Online LPM and film it",
         "distill.streaming:stream",
+        several=True,
         own=(
             ("audio", "what the character says: any audio file, or a recording of the model's folder"),
             ("listen", "what the character hears, likewise"),
@@ -82,6 +83,15 @@ COMMANDS = {
             ("port", "port to listen at (default: 8000)"),
         ),
         quiet=True,
+    ),
+    "latency": Command(
+        "measure first frame, time per chunk and memory over an hour of video, and the teacher beside it",
+        "distill.latency:measure",
+        several=True,
+        own=(
+            ("model", "an Online LPM folder (default: that of the run)"),
+            ("horizon", "seconds of video to stream (default: 3600)"),
+        ),
     ),
     "lineage": Command(
         "draw the family tree of a run's newest checkpoint, or of --parent", "distill.listing:family", quiet=True

@@ -2,7 +2,8 @@
 
 The evaluations of one chunk (its steps, and the one that writes its keys and values) have the conditions and the
 context in common. What follows from these alone is made once per chunk: keys of the context rotated to their places,
-keys and values of text and audio. What follows from a time alone is made once per stream.
+keys and values of text and audio. What follows from a time
+alone is made once per stream, from a text once per text.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from teacher.conditions import Conditions
 from teacher.rope import rope_angles
 
 KEPT_BYTES = 2**30  # rotated copies of a context up to this size are kept; larger ones are made again layer by layer
-Turn = tuple[Tensor, Tensor]
 Table = list[list[Tensor]]  # per layer: shift, 1 + scale, gate (attention), shift, 1 + scale, gate (feed-forward)
 
 
@@ -44,8 +44,10 @@ class FastDiT:
 
     def __init__(self, model: CausalDiT):
         self.model, self.dit = model, model.dit
+        self.blocks = [block for block in model.dit.blocks if isinstance(block, Block)]
         self._times: dict[float, tuple[Tensor, Table]] = {}
-        self._chunk: tuple[Conditions, KVCache, list[Layer] | None, Turn] | None = None
+        self._read: tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]] | None = None
+        self._chunk: tuple[Conditions, KVCache, list[Layer] | None, Tensor] | None = None
 
     @property
     def stream(self) -> StreamConfig:
@@ -66,16 +68,25 @@ class FastDiT:
     def _run(
         self, x: Tensor, t: Tensor, cond: Conditions, cache: KVCache
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        dit, heads, patch = self.dit, self.dit.config.heads, self.dit.config.patch
-        frames, (rows, columns) = x.shape[1], dit.token_grid(x)
+        patch, frames, (rows, columns) = self.dit.config.patch, x.shape[1], self.dit.token_grid(x)
         layers, turn = self._prepared(cond, cache)
         time, table = self._time(t, x)
         tokens = rearrange(x, "b t c (h p) (w q) -> b t (h w) (p q c)", p=patch, q=patch)
+        out, written = self._blocks(tokens, layers, turn, time, table)
+        v = rearrange(out, "b (t h w) (p q c) -> b t c (h p) (w q)", t=frames, h=rows, w=columns, p=patch, q=patch)
+        return v.to(x.dtype), written
+
+    @torch.inference_mode()
+    def _blocks(
+        self, tokens: Tensor, layers: Iterable[Layer], turn: Tensor, time: Tensor, table: Table
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Patches [B, K, n, P] -> the head's [B, K n, P] and per layer (k before RoPE, v) [B, K n, D]."""
+        dit, heads, frames = self.dit, self.dit.config.heads, tokens.shape[1]
         tokens = dit.patch_embedding(tokens.to(dit.patch_embedding.weight.dtype))  # [B, K, n, D]
         tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
         written = []
-        for block, layer, (shift1, scale1, gate1, shift2, scale2, gate2) in zip(dit.blocks, layers, table, strict=True):
-            assert isinstance(block, Block)
+        for block, layer, times in zip(self.blocks, layers, table, strict=True):
+            shift1, scale1, gate1, shift2, scale2, gate2 = times
             own, cross = block.self_attn, block.cross_attn
             y = _modulated(tokens, shift1, scale1)
             k, v = own.norm_k(own.k(y)).flatten(1, 2), own.v(y).flatten(1, 2)  # [B, N, D]
@@ -91,9 +102,7 @@ class FastDiT:
             heard = attention(q.flatten(0, 1), *layer.audio).flatten(2).unflatten(0, (-1, frames))
             tokens = tokens + (cross.o(read) + cross.audio_o(heard))
             tokens = torch.addcmul(tokens, block.ffn(_modulated(tokens, shift2, scale2)).to(tokens.dtype), gate2)
-        out = dit.head(tokens.flatten(1, 2), time)
-        v = rearrange(out, "b (t h w) (p q c) -> b t c (h p) (w q)", t=frames, h=rows, w=columns, p=patch, q=patch)
-        return v.to(x.dtype), written
+        return dit.head(tokens.flatten(1, 2), time), written
 
     # ---- once per stream --------------------------------------------------------------------------------------
 
@@ -106,7 +115,7 @@ class FastDiT:
             time = dit.time_embedding(time_features(t[:1, None]).to(dtype))  # [1, 1, D]
             shared = dit.time_projection(time).unflatten(-1, (6, -1))  # [1, 1, 6, D]
             table = []
-            for block in dit.blocks:
+            for block in self.blocks:
                 parts = [part[:, :, None] for part in (block.modulation + shared).unbind(2)]
                 table.append([part + 1 if index % 3 == 1 else part for index, part in enumerate(parts)])
             self._times[key] = (time.expand(-1, x.shape[1], -1), table)
@@ -114,7 +123,7 @@ class FastDiT:
 
     # ---- once per chunk ---------------------------------------------------------------------------------------
 
-    def _prepared(self, cond: Conditions, cache: KVCache) -> tuple[Iterable[Layer], Turn]:
+    def _prepared(self, cond: Conditions, cache: KVCache) -> tuple[Iterable[Layer], Tensor]:
         """The layers of a chunk, kept until another comes; and how its own tokens are turned."""
         if self._chunk is None or self._chunk[0] is not cond or self._chunk[1] is not cache:
             head = self.dit.config.dim // self.dit.config.heads
@@ -129,11 +138,14 @@ class FastDiT:
         places, dtype = torch.cat([kv.positions for kv in context[0]]), self.dit.patch_embedding.weight.dtype
         turn = _turn(places, self.dit.config.dim // self.dit.config.heads, dtype)
         heads, told = self.dit.config.heads, self.dit._told(cond)
-        for index, (block, seen) in enumerate(zip(self.dit.blocks, context, strict=True)):
+        if self._read is None or self._read[0] is not cond.text or self._read[1] is not cond.text_mask:
+            read = [block.cross_attn.read(told[0][0]) for block in self.blocks]
+            self._read = (cond.text, cond.text_mask, read)
+        for index, (block, seen) in enumerate(zip(self.blocks, context, strict=True)):
             k = torch.cat([kv.k for kv in seen], 1).unflatten(-1, (heads, -1))
             v = torch.cat([kv.v for kv in seen], 1).unflatten(-1, (heads, -1))
-            text, audio, offsets = told[index % 2]
-            yield Layer(_turned(k, turn), v, _mask(seen, cache), *block.cross_attn.told(text, audio, offsets))
+            heard = block.cross_attn.hear(*told[index % 2][1:])
+            yield Layer(_turned(k, turn), v, _mask(seen, cache), self._read[2][index], heard)
 
 
 def _mask(seen: list[KV], cache: KVCache) -> Tensor | None:
@@ -150,16 +162,14 @@ def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), scale)
 
 
-def _turn(positions: Tensor, head_dim: int, dtype: torch.dtype) -> Turn:
-    """Cosines and signed sines of RoPE for every channel, [N, 1, d]: x cos + (x with pairs swapped) sin."""
-    angles = rope_angles(positions, head_dim).repeat_interleave(2, -1)[:, None]
-    signs = torch.tensor([-1.0, 1.0], dtype=angles.dtype, device=angles.device).repeat(head_dim // 2)
-    dtype = torch.promote_types(dtype, torch.float32)
-    return angles.cos().to(dtype), (angles.sin() * signs).to(dtype)
+def _turn(positions: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """RoPE as complex factors, one per pair of channels: [N, 1, d / 2]."""
+    angles = rope_angles(positions, head_dim)
+    turn = torch.polar(torch.ones_like(angles), angles)[:, None]
+    return turn if dtype == torch.float64 else turn.to(torch.complex64)
 
 
-def _turned(x: Tensor, turn: Turn) -> Tensor:
+def _turned(x: Tensor, turn: Tensor) -> Tensor:
     """`teacher.rope.rotate` with what `_turn` made: x [B, N, heads, d]."""
-    cos, sin = turn
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
+    pairs = x.to(turn.real.dtype).unflatten(-1, (-1, 2))
+    return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2).to(x.dtype)

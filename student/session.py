@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,10 +194,15 @@ class Session:
         return next(text for first, text in reversed(self.texts) if first <= index)
 
     def _encoded(self, text: str) -> tuple[Tensor, Tensor]:
-        return encode_text([text], dim=self.model.backbone.dit.config.text_dim)
+        return _encoded(text, self.model.backbone.dit.config.text_dim)
 
     def _told(self, features: Tensor, text: str) -> Conditions:
         """The conditions of a chunk with features [2, A, M] under `text`."""
         refs = self.refs[None]
         mask = torch.ones(refs.shape[:2], dtype=torch.bool)
         return Conditions(features[None, 0], features[None, 1], *self._encoded(text), refs, mask).to(refs.device)
+
+
+@lru_cache(maxsize=64)
+def _encoded(text: str, dim: int) -> tuple[Tensor, Tensor]:
+    return encode_text([text], dim=dim)

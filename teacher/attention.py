@@ -120,21 +120,23 @@ class CrossAttention(nn.Module):
         at audio frames t .. t + W - 1 (its own is the last); offsets [W, G, D] -> [B, N, D]."""
         heads = "b n (h d) -> b n h d"
         q = rearrange(self.norm_q(self.q(x)), heads, h=self.heads)
-        text_kv, audio_kv = self.told(text, audio, offsets)
-        attended = attention(q, *text_kv)
+        attended = attention(q, *self.read(text))
         frames = audio.shape[1] - offsets.shape[0] + 1
-        heard = attention(rearrange(q, "b (t n) h d -> (b t) n h d", t=frames), *audio_kv)
+        heard = attention(rearrange(q, "b (t n) h d -> (b t) n h d", t=frames), *self.hear(audio, offsets))
         heard = rearrange(heard, "(b t) n h d -> b (t n) (h d)", t=frames)
         return self.o(attended.flatten(2)) + self.audio_o(heard)
 
-    def told(self, text: Tensor, audio: Tensor, offsets: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Keys and values of the text, [B, L, heads, d], and of every frame's window of audio, [B T, W G, heads, d]."""
+    def read(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the text, each [B, L, heads, d]."""
         k, v = self.norm_k(self.k(text)), self.v(text)
-        read = tuple(rearrange(y, "b n (h d) -> b n h d", h=self.heads) for y in (k, v))
+        return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
+
+    def hear(self, audio: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of every frame's window of audio, each [B T, W G, heads, d]."""
         window = offsets.shape[0]
         k, v = (
             rearrange(layer(audio).unfold(1, window, 1), "b t g d w -> b t w g d") + F.linear(offsets, layer.weight)
             for layer in (self.audio_k, self.audio_v)
         )
-        heard = tuple(rearrange(y, "b t w g (h d) -> (b t) (w g) h d", h=self.heads) for y in (self.norm_k(k), v))
-        return (read[0], read[1]), (heard[0], heard[1])
+        k, v = (rearrange(y, "b t w g (h d) -> (b t) (w g) h d", h=self.heads) for y in (self.norm_k(k), v))
+        return k, v

@@ -9,35 +9,17 @@ from dataclasses import is_dataclass, replace
 
 import pytest
 import torch
-from conftest import small_codec, small_dit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_online import images, small_model, tone
 from torch import Tensor
 
-from student.causal_dit import CausalDiT, StreamConfig
 from student.hearing import Heard, Waiting, border, whole_frames
 from student.online import OnlineLPM
 from student.session import Chunk, Session
 from teacher.audio import MELS, log_mel
 from teacher.conditions import AUDIO_PER_LATENT, PAST, Conditions, encode_text
 from teacher.randomness import keyed_generator
-
-
-def small_model(chunk: int = 3, seed: int = 0, **changes) -> OnlineLPM:
-    """Random weights, 16 x 16 pixels, 32 mel bins like the real features."""
-    stream = StreamConfig(chunk_frames=chunk, **changes)
-    nets = [CausalDiT(small_dit(seed + i, torch.float32, mels=MELS), stream) for i in range(2)]
-    return OnlineLPM(nets[0], nets[1], small_codec())
-
-
-def tone(samples: int, seed: int = 0) -> Tensor:
-    """Noise that comes and goes, about as loud as speech."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(samples, generator=generator) * 0.1 * torch.linspace(0, 40, samples).sin()
-
-
-def images(count: int = 2, seed: int = 0) -> Tensor:
-    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
 def offline(model: OnlineLPM, refs: Tensor, speak: Tensor, listen: Tensor, texts: list[str], seed: int) -> list[Tensor]:
