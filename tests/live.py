@@ -90,6 +90,11 @@ class PretendedModel:
         return PretendedSession(references, text, seed, self.before)
 
 
+def one(**changes: Any) -> list[Shown]:
+    """What a server of one model shows."""
+    return [Shown("a", "first", PretendedModel(**changes))]
+
+
 def tone(seconds: float, hertz: float = 200.0, loud: float = 0.3) -> np.ndarray:
     """A wave [S] at 16 kHz."""
     return (loud * np.sin(2 * np.pi * hertz * np.arange(round(seconds * RATE)) / RATE)).astype(np.float32)
@@ -138,6 +143,14 @@ def running(shown: list[Shown], folder: Path, limits: Limits | None = None) -> I
         thread.join(20)
         listener.close()
         assert not thread.is_alive()
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 15.0) -> None:
+    """Ask until the answer is yes; fails after a while."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.02)
 
 
 class Client:

@@ -318,18 +318,18 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("self._ring.append(job)", "self._ring.appendleft(job)", "one session goes on until its sound is used up"),
         ("job.inbox.popleft()", "job.inbox.pop()", "what a session is told comes in the wrong order"),
     ],
-    ("student/live/connection.py", "serve"): [
+    ("student/live/connection.py", "serve serve_limits"): [
         ("round(at * SAMPLE_RATE) + voice.dropped", "round(at * SAMPLE_RATE)", "interrupted sound is not counted"),
         ("self.drawn - self.shown >= self.limits.frames_waiting", "False", "a slow client's pictures pile up"),
         ("self.studio.leave(len(self.voices))", "self.studio.leave(0)", "places are never given back"),
         ("if waiting > self.limits.backlog_seconds", "if False", "sound piles up"),
         ("if ahead > self.limits.ahead_seconds", "if False", "sound faster than real time"),
     ],
-    ("student/live/guard.py", "serve"): [
+    ("student/live/guard.py", "serve serve_limits"): [
         ("if name in self.names", "if name.startswith(tuple(self.names))", "a name that begins like ours"),
         ("urlsplit(origins[0]).netloc.lower() != hosts[0].lower()", "False", "pages from anywhere may connect"),
     ],
-    ("student/live/wire.py", "serve"): [
+    ("student/live/wire.py", "serve serve_limits"): [
         ("(samples, silence) if channel == SPEAK", "(samples, silence) if channel == LISTEN", "channels swapped"),
     ],
     ("student/live/studio.py", "serve serve_model"): [
@@ -340,7 +340,7 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("return 1.0 - float(", "return float(", "likeness instead of distance"),
         ("maxlen=RECENT", "maxlen=None", "a real-time factor of the whole past"),
     ],
-    ("student/serve.py", "serve serving"): [
+    ("student/serve.py", "serve_limits serving"): [
         ("self.loop.call_later(CUT_SECONDS, self.transport.abort)", "pass", "a client that never reads is never cut"),
         ("listener.bind(address)", 'listener.bind(("", address[1]))', "bound to every address"),
     ],

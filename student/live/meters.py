@@ -37,7 +37,7 @@ class IdentityMeter:
     def distance(self, frames: np.ndarray) -> float:
         """1 - cosine of the chunk's mean identity to the references', from 0 (the same) to 2."""
         video = torch.from_numpy(frames).permute(0, 3, 1, 2)[None].float() / 255  # [1, F, 3, H, W]
-        return 1.0 - float(self._direction(self.codec.encode(video)) @ self.anchor)
+        return 1.0 - float(self._direction(self.codec.encode(video.to(self.anchor.device))) @ self.anchor)
 
     @torch.no_grad()
     def _direction(self, latents: Tensor) -> Tensor:

@@ -71,6 +71,7 @@ export class Meters {
   // header of a chunk; `latency` null while the other pane is not there yet
   add(pane, header, latency) {
     this.load.add(pane, header.load);
+    this.load.tile.classList.toggle("over", this.load.history.some((points) => points[points.length - 1] > 1)); // cannot keep up
     this.drift.add(pane, header.drift);
     if (pane === 0) this.memory.add(0, header.memory_mib);
     if (latency === null) return;
