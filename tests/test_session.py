@@ -9,11 +9,15 @@ from dataclasses import is_dataclass, replace
 
 import pytest
 import torch
+from conftest import conditions, latents, small_student
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_online import images, small_model, tone
 from torch import Tensor
 
+import student.fast as fast_module
+from student.causal_dit import StreamConfig
+from student.fast import FastDiT
 from student.hearing import Heard, Waiting, border, whole_frames
 from student.online import OnlineLPM
 from student.session import Chunk, Session
@@ -126,6 +130,30 @@ def test_finish_pads_the_rest_to_a_whole_chunk_once() -> None:
     assert session.ready == 1 and len(list(session)) == 1
     session.finish()
     assert session.ready == 0 and session.next_chunk() is None
+
+
+@pytest.mark.parametrize("kept", [0, 2**30])
+@pytest.mark.parametrize("present", [(1, 1), (1, 0), (0, 0)])
+@torch.no_grad()
+def test_what_is_made_once_per_chunk_gives_what_the_causal_student_gives(monkeypatch, kept: int, present) -> None:
+    """Chunk after chunk with new audio, a new text in mid-stream, references missing in a part of the batch."""
+    monkeypatch.setattr(fast_module, "KEPT_BYTES", kept)  # 0: nothing is kept, layers are made at every call
+    model = small_student(StreamConfig(chunk_frames=2, sink_chunks=1, window_chunks=2))
+    fast, cond = FastDiT(model), conditions(14, present=present)
+    cond.ref_mask[1] = True  # the other item has all
+    slow_cache, fast_cache = model.start(cond), fast.start(cond)
+    for index in range(7):
+        told = cond.frames(2 * index, 2 * index + 2)
+        if index >= 4:
+            told = replace(told, text=told.text.flip(1), text_mask=told.text_mask.flip(1))
+        for time in (1.0, 0.4, 1.0):
+            x, t = latents(2, seed=index), torch.full((2,), time, dtype=torch.float64)
+            expected = model.velocity(x, t, told, slow_cache)
+            torch.testing.assert_close(fast.velocity(x, t, told, fast_cache), expected, rtol=0, atol=1e-10)
+        x, t = latents(2, seed=50 + index), torch.full((2,), 0.1, dtype=torch.float64)
+        slow_cache, fast_cache = model.remember(x, t, told, slow_cache), fast.remember(x, t, told, fast_cache)
+        for ours, theirs in zip(fast_cache.visible[-1], slow_cache.visible[-1], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
 # ---- interruption -----------------------------------------------------------------------------------------
@@ -251,7 +279,7 @@ def storage_of(thing: object, found: dict[int, int]) -> dict[int, int]:
             storage_of(part, found)
     elif isinstance(thing, dict):
         storage_of(list(thing.values()), found)
-    elif isinstance(thing, (Session, Waiting)) or is_dataclass(thing):
+    elif isinstance(thing, (Session, Waiting, FastDiT)) or is_dataclass(thing):
         storage_of(list(vars(thing).values()), found)
     return found
 
