@@ -319,10 +319,11 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("job.inbox.popleft()", "job.inbox.pop()", "what a session is told comes in the wrong order"),
     ],
     ("student/live/connection.py", "serve serve_limits"): [
-        ("round(at * SAMPLE_RATE) + voice.dropped", "round(at * SAMPLE_RATE)", "interrupted sound is not counted"),
+        ("round(at * SAMPLE_RATE) + one.dropped", "round(at * SAMPLE_RATE)", "interrupted sound is not counted"),
         ("self.drawn - self.shown >= self.limits.frames_waiting", "False", "a slow client's pictures pile up"),
-        ("self.studio.leave(len(self.voices))", "self.studio.leave(0)", "places are never given back"),
+        ("self.studio.leave(len(self.running))", "self.studio.leave(0)", "places are never given back"),
         ("if waiting > self.limits.backlog_seconds", "if False", "sound piles up"),
+        ("        self.done += dropped\n", "", "interrupted sound counts as waiting"),
         ("if ahead > self.limits.ahead_seconds", "if False", "sound faster than real time"),
     ],
     ("student/live/guard.py", "serve serve_limits"): [

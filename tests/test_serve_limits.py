@@ -112,6 +112,16 @@ def test_sound_that_the_server_cannot_play_in_time_does_not_pile_up(demo):
     assert code == Close.BEHIND and "wait for the server" in reason
 
 
+def test_interrupted_sound_no_longer_waits(demo):
+    with running(one(), demo, Limits(backlog_seconds=2 * SECONDS)) as port, Client(port) as client:
+        client.start()
+        for _ in range(6):
+            client.push(tone(0.9 * SECONDS))  # no chunk
+            client.tell("interrupt")
+            client.tell("text", text="a " * 20)  # answered once the interruption is through
+            assert client.read() == "problem"
+
+
 def test_a_flood_of_tiny_messages_is_ended(demo):
     busy, stuck = threading.Event(), threading.Event()
     model = one(before=lambda: busy.set() or stuck.wait(10) and None)

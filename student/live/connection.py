@@ -42,10 +42,10 @@ BROKEN = "The server failed at this session; the others go on."
 SLOW = "This client takes the video too slowly."
 
 
-class Voice:
+class Running:
     """One session of a connection: its job, its meters, and how far into the pushed sound it is."""
 
-    def __init__(self, part: Part, open_job: Callable[[Voice], Job]) -> None:
+    def __init__(self, part: Part, open_job: Callable[[Running], Job]) -> None:
         self.part, self.load = part, Load()
         self.dropped = 0  # samples thrown away by interruptions; set by the compute thread
         self.done = 0  # samples that became chunks or were thrown away; set by the compute thread
@@ -54,7 +54,9 @@ class Voice:
 
     def interrupt(self, session: Session) -> None:
         """On the compute thread: throw away what is not yet a chunk."""
-        self.dropped += round(session.interrupt() * SAMPLE_RATE)
+        dropped = round(session.interrupt() * SAMPLE_RATE)
+        self.dropped += dropped
+        self.done += dropped
 
 
 class Connection:
@@ -63,7 +65,7 @@ class Connection:
     def __init__(self, socket: WebSocket, studio: Studio) -> None:
         self.socket, self.studio, self.limits = socket, studio, studio.limits
         self.loop = asyncio.get_running_loop()
-        self.voices: dict[str, Voice] = {}
+        self.running: dict[str, Running] = {}
         self.outgoing: deque[str | bytes] = deque()
         self.drawn = self.shown = 0  # chunks with pictures: made (by the compute thread), sent
         self.something = asyncio.Event()  # to send, or to notice
@@ -83,9 +85,10 @@ class Connection:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            for voice in self.voices.values():
-                voice.job.close()
-            self.studio.leave(len(self.voices))
+            for one in self.running.values():
+                one.job.close()
+            self.studio.leave(len(self.running))
+            self.broken.cancel() or self.broken.exception()  # retrieved: nobody waits for it any more
 
     async def _close(self, error: BaseException | None) -> None:
         """Say why it ends; without an error everything was sent."""
@@ -134,23 +137,23 @@ class Connection:
         self.began = time.monotonic()
         self._send(json.dumps({"type": "started", "models": [part.name for part in parts]}))
         for part in parts:
-            self.voices[part.name] = Voice(part, self._open_job)
+            self.running[part.name] = Running(part, self._open_job)
 
-    def _open_job(self, voice: Voice) -> Job:
-        return self.studio.ring.open(voice.part.make, self._deliver(voice))
+    def _open_job(self, one: Running) -> Job:
+        return self.studio.ring.open(one.part.make, self._deliver(one))
 
     def _obey(self, told: Control) -> None:
         if isinstance(told, Start):
             raise Refusal(Close.MALFORMED, "This session has started already; open another connection.")
         if isinstance(told, Finish):
             self.finishing = True
-            for voice in self.voices.values():
-                voice.job.finish()
+            for one in self.running.values():
+                one.job.finish()
         elif isinstance(told, Text):
             text = told.text
-            self._tell(lambda voice: lambda session: session.set_text(text))
+            self._tell(lambda one: lambda session: session.set_text(text))
         elif isinstance(told, Interrupt):
-            self._tell(lambda voice: voice.interrupt)
+            self._tell(lambda one: one.interrupt)
 
     def _hear(self, speak: np.ndarray, listen: np.ndarray) -> None:
         now = time.monotonic()
@@ -164,41 +167,41 @@ class Connection:
             reason = f"{waiting:.1f} s of sound wait for the server; {self.limits.backlog_seconds:g} s are allowed."
             raise Refusal(Close.BEHIND, reason)
         self.arrivals.append((self.pushed, now))
-        self._tell(lambda voice: lambda session: session.push(speak=speak, listen=listen))
+        self._tell(lambda one: lambda session: session.push(speak=speak, listen=listen))
 
-    def _tell(self, command: Callable[[Voice], Command]) -> None:
-        for voice in self.voices.values():
-            if len(voice.job.inbox) >= self.limits.commands_waiting:
+    def _tell(self, command: Callable[[Running], Command]) -> None:
+        for one in self.running.values():
+            if len(one.job.inbox) >= self.limits.commands_waiting:
                 raise Refusal(Close.TOO_FAST, "Too many small messages: send sound in pieces of 20 ms or more.")
-            voice.job.tell(command(voice))
+            one.job.tell(command(one))
 
     def _done(self) -> int:
-        return min(voice.done for voice in self.voices.values())
+        return min(one.done for one in self.running.values())
 
     # ---- what the sessions make -------------------------------------------------------------------------------
 
-    def _deliver(self, voice: Voice) -> Callable[[Event], None]:
+    def _deliver(self, one: Running) -> Callable[[Event], None]:
         """What the compute thread calls with every event of a session; the rest happens on the event loop."""
 
         def deliver(event: Event) -> None:
-            made = self._render(voice, event.chunk) if isinstance(event, Made) else None
-            self.loop.call_soon_threadsafe(self._happened, voice, event, made)
+            made = self._render(one, event.chunk) if isinstance(event, Made) else None
+            self.loop.call_soon_threadsafe(self._happened, one, event, made)
 
         return deliver
 
-    def _render(self, voice: Voice, chunk: Any) -> tuple[dict[str, Any], list[bytes]]:
+    def _render(self, one: Running, chunk: Any) -> tuple[dict[str, Any], list[bytes]]:
         """On the compute thread: header and pictures of a chunk; no pictures for a client that is far behind."""
         frames = np.asarray(chunk.frames)
         ends = (chunk.start, chunk.start + chunk.seconds)
-        sound = [round(at * SAMPLE_RATE) + voice.dropped for at in ends]
-        voice.done = sound[1]
-        meter = voice.part.meter
+        sound = [round(at * SAMPLE_RATE) + one.dropped for at in ends]
+        one.done = sound[1]
+        meter = one.part.meter
         crowded = self.drawn - self.shown >= self.limits.frames_waiting
         shown = frames[:0] if crowded else frames
         self.drawn += not crowded
         header = {
             "type": "chunk",
-            "model": voice.part.name,
+            "model": one.part.name,
             "index": chunk.index,
             "start": chunk.start,
             "seconds": chunk.seconds,
@@ -207,21 +210,21 @@ class Connection:
             "times": [round(chunk.start + chunk.seconds * i / len(frames), 6) for i in range(len(shown))],
             "dropped_frames": len(frames) - len(shown),
             "compute_seconds": round(chunk.compute_seconds, 6),
-            "load": round(voice.load.add(chunk.compute_seconds, chunk.seconds), 4),
+            "load": round(one.load.add(chunk.compute_seconds, chunk.seconds), 4),
             "drift": None if meter is None else round(meter.distance(frames), 4),
             "memory_mib": round(memory_mib(), 1),
         }
         return header, [jpeg(frame) for frame in shown]
 
-    def _happened(self, voice: Voice, event: Event, made: tuple[dict[str, Any], list[bytes]] | None) -> None:
+    def _happened(self, one: Running, event: Event, made: tuple[dict[str, Any], list[bytes]] | None) -> None:
         if made is not None:
             header, pictures = made
             self._send(pack_chunk({**header, "server_seconds": self._waited(header["sound"][1])}, pictures))
         elif isinstance(event, Problem):
-            self._send(json.dumps({"type": "problem", "model": voice.part.name, "reason": event.reason}))
+            self._send(json.dumps({"type": "problem", "model": one.part.name, "reason": event.reason}))
         elif isinstance(event, Finished):
-            voice.finished = True
-            self._send(json.dumps({"type": "done", "model": voice.part.name}))
+            one.finished = True
+            self._send(json.dumps({"type": "done", "model": one.part.name}))
         elif isinstance(event, Refused):
             self._break(Refusal(Close.MALFORMED, event.reason))
         elif isinstance(event, Failed):
@@ -258,7 +261,7 @@ class Connection:
                     await asyncio.wait_for(self._put(message), self.limits.send_seconds)
                 except asyncio.TimeoutError:
                     raise Refusal(Close.TOO_SLOW, SLOW) from None
-            if self.finishing and all(voice.finished for voice in self.voices.values()):
+            if self.finishing and all(one.finished for one in self.running.values()):
                 return
             self.something.clear()
             await self.something.wait()

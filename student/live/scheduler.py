@@ -93,8 +93,7 @@ class Job:
     def close(self) -> None:
         """Forget the session; nothing is delivered any more."""
         self.closed = True
-        self.inbox.clear()
-        self.ring.wake(self)  # so that the ring's thread drops the session's memory
+        self.ring.wake(self)  # the ring's thread drops the session's memory
 
 
 class Scheduler:
@@ -155,6 +154,7 @@ class Scheduler:
     def _advance(self, job: Job) -> bool:
         if job.closed:
             job.session = None
+            job.inbox.clear()
             return False
         if job.session is None:
             try:
@@ -163,14 +163,14 @@ class Scheduler:
                 job.closed = True
                 job.deliver(Refused(str(error)))
                 return False
-        while job.inbox:
+        while job.inbox and not job.closed:
             command = job.inbox.popleft()
             try:
                 command(job.session)
             except ValueError as error:  # a text that cannot be encoded and the like
                 job.deliver(Problem(str(error)))
         chunk = job.session.next_chunk()
-        if job.closed:
+        if job.closed:  # meanwhile; it stands in the ring again
             return False
         if chunk is not None:
             job.deliver(Made(chunk))

@@ -13,7 +13,7 @@ const BORN = { expression: "Expression", gaze: "Gaze", pose: "Head" }; // titles
 
 let about; // what the server offers
 let meters;
-let live = null; // {context, stream, pump, player}: while a session runs
+let live = null; // {context, stream, pump, player}, filled in this order; while a session runs
 let waiting = 0; // timer of the next attempt
 let wait = FIRST_WAIT;
 let sounding = true;
@@ -43,8 +43,8 @@ function buttons() {
   const on = live !== null || waiting !== 0;
   $("start").textContent = on ? "Stop" : "Start";
   $("start").disabled = !about;
-  $("interrupt").disabled = !live?.stream.open;
-  $("again").disabled = !live?.stream.open;
+  $("interrupt").disabled = !live?.stream?.open;
+  $("again").disabled = !live?.stream?.open;
 }
 
 // ---- a session -----------------------------------------------------------------------------------------------------
@@ -57,37 +57,36 @@ async function start() {
   cancelWaiting();
   notice("");
   status("connecting");
-  const context = live?.context ?? new AudioContext({ sampleRate: RATE });
-  await context.resume();
-  const panes = models();
-  const canvases = panes.map((_, i) => document.querySelector(`#pane-${"ab"[i]} canvas`));
-  const session = { context, pump: null, player: null };
+  const session = { context: live?.context ?? new AudioContext({ sampleRate: RATE }) };
   shut(live);
   live = session;
+  const panes = models();
   meters.start(panes.length);
   panes.forEach((_, pane) => describeState(pane, "wait"));
-  session.stream = new Stream(
-    { character: chosen("character"), text: $("text").value, seed: 0, sample_rate: RATE, models: panes },
-    {
-      started: () => {
-        wait = FIRST_WAIT;
-        status("live", "good");
-        session.pump = new Pump(context, (first, samples) => give(session, first, samples));
-        session.player = new Player(context, canvases, (sample) => session.pump.soundedAt(sample));
-        session.player.volume.gain.value = sounding ? 1 : 0;
-        buttons();
-        useSource();
-      },
-      chunk: (header, images) => {
-        const pane = panes.indexOf(header.model);
-        meters.add(pane, header, session.player.add(pane, header, images));
-        describeState(pane, header.state);
-      },
-      problem: (reason) => textProblem(reason),
-      ended: (reason, again) => lost(reason, again),
-    },
-  );
   buttons();
+  await session.context.resume();
+  if (live !== session) return; // stopped or started again meanwhile
+  const canvases = panes.map((_, pane) => document.querySelector(`#pane-${"ab"[pane]} canvas`));
+  const told = { character: chosen("character"), text: $("text").value, seed: 0, sample_rate: RATE, models: panes };
+  session.stream = new Stream(told, {
+    started: () => {
+      wait = FIRST_WAIT;
+      status("live", "good");
+      session.pump = new Pump(session.context, (first, samples) => give(session, first, samples));
+      session.player = new Player(session.context, canvases, (sample) => session.pump.soundedAt(sample));
+      session.player.volume.gain.value = sounding ? 1 : 0;
+      buttons();
+      useSource();
+      if ($("text").value !== told.text) sendText();
+    },
+    chunk: (header, images) => {
+      const pane = panes.indexOf(header.model);
+      meters.add(pane, header, session.player.add(pane, header, images));
+      describeState(pane, header.state);
+    },
+    problem: (reason) => textProblem(reason),
+    ended: (reason, again) => lost(reason, again),
+  });
 }
 
 function give(session, first, samples) {
@@ -99,7 +98,7 @@ function give(session, first, samples) {
 }
 
 function shut(session) {
-  session?.stream.close();
+  session?.stream?.close();
   session?.pump?.close();
   session?.player?.close();
 }
@@ -203,7 +202,7 @@ function compose() {
 function sendText() {
   $("text-hint").textContent = "What the character is told; it holds from the next chunk on.";
   $("text-hint").classList.remove("bad");
-  live?.stream.tell("text", { text: $("text").value });
+  live?.stream?.tell("text", { text: $("text").value });
 }
 
 function textProblem(reason) {
@@ -269,7 +268,7 @@ function wire() {
   $("start").onclick = () => (live || waiting ? stop() : start());
   $("retry").onclick = () => start();
   $("interrupt").onclick = () => {
-    live?.stream.tell("interrupt");
+    live?.stream?.tell("interrupt");
     live?.player?.interrupt(live.pump.sent);
     if (chosen("source") === "recording") live?.pump?.use(new Silence());
     $("again").textContent = "Play";
@@ -296,7 +295,7 @@ function wire() {
     if (!id || typing || event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
     if (!$(id).disabled && !$(id).hidden) $(id).click();
   };
-  addEventListener("pagehide", end);
+  addEventListener("pagehide", stop);
 }
 
 async function begin() {
