@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from teacher.lora import Linear
 from teacher.rope import rope_angles, rotate
 
 
@@ -66,7 +67,7 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
 
     def forward(
@@ -108,9 +109,9 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
-        self.audio_k, self.audio_v, self.audio_o = (nn.Linear(dim, dim) for _ in range(3))
+        self.audio_k, self.audio_v, self.audio_o = (Linear(dim, dim) for _ in range(3))
         # The audio branch starts silent: loaded video weights work unchanged at the first step.
         nn.init.zeros_(self.audio_o.weight)
         nn.init.zeros_(self.audio_o.bias)
@@ -125,7 +126,7 @@ class CrossAttention(nn.Module):
         window = offsets.shape[0]
         frames = audio.shape[1] - window + 1
         k, v = (
-            rearrange(layer(audio).unfold(1, window, 1), "b t g d w -> b t w g d") + F.linear(offsets, layer.weight)
+            rearrange(layer(audio).unfold(1, window, 1), "b t g d w -> b t w g d") + layer.product(offsets)
             for layer in (self.audio_k, self.audio_v)
         )
         k, v = (rearrange(y, "b t w g (h d) -> (b t) (w g) h d", h=self.heads) for y in (self.norm_k(k), v))

@@ -9,7 +9,9 @@ x [B, T, C, H, W], t [B] or [B, T], Conditions  ->  v [B, T, C, H, W]
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from teacher.attention import KV
 from teacher.blocks import AudioEncoder, Block, Head, time_features
 from teacher.conditions import AUDIO_PER_LATENT, PAST, Conditions
+from teacher.lora import Adapters, in_use, using
 from teacher.rope import grid_positions, moved, reference_times
 
 
@@ -79,7 +82,7 @@ class DiT(nn.Module):
         """Bidirectional velocity. `refs` may carry `encode_refs(cond)` from an earlier call."""
         refs = self.encode_refs(cond) if refs is None else refs
         positions = grid_positions(x.shape[1], *self.token_grid(x)).to(x.device)
-        return self.run(x, t, cond, positions, refs)[0]
+        return self.run(x, t, cond, positions, refs, keep=False)[0]
 
     def token_grid(self, x: Tensor) -> tuple[int, int]:
         """Token rows and columns of latents [..., H, W]."""
@@ -109,9 +112,11 @@ class DiT(nn.Module):
         positions: Tensor,
         context: list[list[KV]] | None,
         mask: Tensor | None = None,
+        keep: bool = True,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """The network proper: tokens of `x` at `positions` [T*n, 3], looking at each other (through `mask`) and at the
-        per-layer `context`. Returns v like x and the per-layer (k before RoPE, v) of these tokens."""
+        per-layer `context`. Returns v like x and the per-layer (k before RoPE, v) of these tokens, which are let go
+        layer by layer unless `keep`: of a long clip they are larger than the network."""
         frames, patch = x.shape[1], self.config.patch
         rows, columns = self.token_grid(x)
         tokens = rearrange(x, "b t c (h p) (w q) -> b (t h w) (p q c)", p=patch, q=patch)
@@ -121,15 +126,18 @@ class DiT(nn.Module):
         t = t[:, None].expand(-1, frames) if t.ndim == 1 else t
         time = self.time_embedding(time_features(t).to(tokens.dtype))  # [B, T, D]
         table = self.time_projection(time).unflatten(-1, (6, -1))  # [B, T, 6, D]
-        told = self._told(cond)
+        told, adapters = self._told(cond), in_use()
         layers = []
         for index, block in enumerate(self.blocks):
             arguments = (tokens, table, positions, context[index] if context else [], mask, told and told[index % 2])
             if self.config.checkpoint_blocks and torch.is_grad_enabled():
-                tokens, kv = checkpoint(block, *arguments, use_reentrant=False)
+                # By the time of the backward pass other adapters may have been in use.
+                again = partial(_contexts, adapters)
+                tokens, kv = checkpoint(block, *arguments, use_reentrant=False, context_fn=again)
             else:
                 tokens, kv = block(*arguments)
-            layers.append(kv)
+            if keep:
+                layers.append(kv)
         out = self.head(tokens, time)
         v = rearrange(out, "b (t h w) (p q c) -> b t c (h p) (w q)", t=frames, h=rows, w=columns, p=patch, q=patch)
         return v.to(x.dtype), layers
@@ -143,3 +151,8 @@ class DiT(nn.Module):
         speak = self.speak_embedding(cond.speak.to(dtype), PAST)
         listen = self.listen_embedding(cond.listen.to(dtype), PAST)
         return (text, speak, self.speak_embedding.offsets), (text, listen, self.listen_embedding.offsets)
+
+
+def _contexts(adapters: Adapters | None) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What checkpointing holds open in the forward pass, and while it repeats it."""
+    return nullcontext(), using(adapters)
