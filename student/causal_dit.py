@@ -90,10 +90,9 @@ class CausalDiT(nn.Module):
             refs[0][0].k.shape[1],
         )
         if hist is None:
-            return self.dit.run(xt, t, cond, positions, refs, causal_mask(*sizes).to(xt.device), keep=False)[0]
+            return self.dit.run(xt, t, cond, positions, refs, causal_mask(*sizes), keep=False)[0]
         if t_hist is None:
             raise ValueError("A given history needs its noise level t_hist.")
-        layers = self.dit.run(hist, t_hist, cond, positions, refs, causal_mask(*sizes).to(xt.device))[1]
+        layers = self.dit.run(hist, t_hist, cond, positions, refs, causal_mask(*sizes))[1]
         context = [[*ref, KV(k, v, positions)] for ref, (k, v) in zip(refs, layers, strict=True)]
-        mask = teacher_forcing_mask(*sizes).to(xt.device)
-        return self.dit.run(xt, t, cond, positions, context, mask, keep=False)[0]
+        return self.dit.run(xt, t, cond, positions, context, teacher_forcing_mask(*sizes), keep=False)[0]

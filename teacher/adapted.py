@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teacher.attention import KV
+from teacher.attention import KV, Blocks
 from teacher.conditions import Conditions
 from teacher.dit import DiT
 from teacher.lora import Adapters, Linear, LoRAConfig, using
@@ -47,7 +47,7 @@ class AdaptedDiT(DiT):
         cond: Conditions | None,
         positions: Tensor,
         context: list[list[KV]] | None,
-        mask: Tensor | None = None,
+        mask: Blocks | None = None,
         keep: bool = True,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         with using(self.adapters):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from teacher.attention import KV, CrossAttention, SelfAttention
+from teacher.attention import KV, Blocks, CrossAttention, SelfAttention
 from teacher.lora import Linear
 
 
@@ -77,7 +77,7 @@ class Block(nn.Module):
         time: Tensor,
         positions: Tensor,
         context: list[KV],
-        mask: Tensor | None,
+        mask: Blocks | None,
         told: tuple[Tensor, Tensor, Tensor] | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """x [B, T*n, D]; time [B, T, 6, D]; told = (text, audio, offsets) or None for reference images, which hear

@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from teacher.attention import KV
+from teacher.attention import KV, Blocks
 from teacher.blocks import AudioEncoder, Block, Head, time_features
 from teacher.conditions import AUDIO_PER_LATENT, PAST, Conditions
 from teacher.lora import Adapters, in_use, using
@@ -89,18 +89,28 @@ class DiT(nn.Module):
         return x.shape[-2] // self.config.patch, x.shape[-1] // self.config.patch
 
     def encode_refs(self, cond: Conditions) -> list[list[KV]]:
-        """Reference images -> per layer a one-element context of R*n tokens, absent images masked."""
+        """Reference images -> per layer a one-element context of R*n tokens.
+
+        Slots that no item of the batch fills are left out, and where all items fill the others no mask is needed: then
+        flash-attn serves. Otherwise absent images are masked.
+        """
         batch, slots = cond.refs.shape[:2]
         if slots > len(self.config.references):
             raise ValueError(f"{slots} reference images were given, the model has {len(self.config.references)} slots.")
         rows, columns = self.token_grid(cond.refs)
-        images = cond.refs.flatten(0, 1)[:, None]  # [B*R, 1, C, H, W]
-        t = torch.zeros(batch * slots, 1, dtype=torch.float64, device=images.device)
+        there = cond.ref_mask.any(0).nonzero()[:, 0].tolist()
+        times = reference_times(self.config.references[:slots])
+        if not there:
+            nothing = cond.refs.new_zeros(batch, 0, self.config.dim)
+            return [[KV(nothing, nothing, nothing.new_zeros(0, 3).double())] for _ in range(self.config.depth)]
+        present = cond.ref_mask[:, there]
+        images = cond.refs[:, there].flatten(0, 1)[:, None]  # [B*R, 1, C, H, W]
+        t = torch.zeros(len(images), 1, dtype=torch.float64, device=images.device)
         base = grid_positions(1, rows, columns).to(images.device)
         # An image looks at itself alone, so its own time cancels; it matters where the video looks at it.
         _, layers = self.run(images, t, None, base, None)
-        positions = torch.cat([moved(base, time) for time in reference_times(self.config.references[:slots])])
-        mask = cond.ref_mask[:, :, None].expand(-1, -1, rows * columns).flatten(1)
+        positions = torch.cat([moved(base, time) for time in (times[slot] for slot in there)])
+        mask = None if present.all() else present[:, :, None].expand(-1, -1, rows * columns).flatten(1)
         join = "(b r) n d -> b (r n) d"
         return [[KV(rearrange(k, join, b=batch), rearrange(v, join, b=batch), positions, mask)] for k, v in layers]
 
@@ -111,7 +121,7 @@ class DiT(nn.Module):
         cond: Conditions | None,
         positions: Tensor,
         context: list[list[KV]] | None,
-        mask: Tensor | None = None,
+        mask: Blocks | None = None,
         keep: bool = True,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """The network proper: tokens of `x` at `positions` [T*n, 3], looking at each other (through `mask`) and at the

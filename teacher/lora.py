@@ -11,8 +11,7 @@ adapters [rank, in], [out, rank] per target  ->  merged(): the plain weights W +
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,13 +78,16 @@ class Adapters(nn.Module):
 _in_use: list[Adapters | None] = [None]
 
 
-@contextmanager
-def using(adapters: Adapters | None) -> Iterator[None]:
-    """Within the block every adapted layer adds what `adapters` say."""
-    _in_use.append(adapters)
-    try:
-        yield
-    finally:
+@dataclass(frozen=True)
+class using(AbstractContextManager[None]):  # noqa: N801
+    """Within the block every adapted layer adds what `adapters` say. May be entered any number of times."""
+
+    adapters: Adapters | None
+
+    def __enter__(self) -> None:
+        _in_use.append(self.adapters)
+
+    def __exit__(self, *error: object) -> None:
         _in_use.pop()
 
 

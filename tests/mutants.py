@@ -44,10 +44,11 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("teacher/attention.py", "teacher cache"): [
         ("angles[-x.shape[1] :]", "angles[: x.shape[1]]", "queries at the places of the context"),
         (
-            "return padding if mask is None else padding & mask",
-            "return mask if mask is not None else None",
+            "    if all(kv.mask is None for kv in context):",
+            "    if True:",
             "absent references are seen",
         ),
+        ("spans[-1].stop == start:", "spans[-1].stop <= start:", "hidden blocks between two visible ones are seen"),
         (
             "keys = torch.cat([*(kv.k.to(k.dtype) for kv in context), k], 1)",
             "keys = torch.cat([*(kv.k.to(k.dtype).detach() for kv in context), k], 1)",
@@ -82,15 +83,14 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("column >= row - window", "column > row - window", "window one chunk short"),
         ("(column < row)", "(column <= row + 1)", "the next chunk is seen"),
         ("(column < sink)", "(column <= sink)", "sink one chunk too long"),
-        ("torch.ones(len(mask), refs,", "torch.zeros(len(mask), refs,", "references are not seen"),
         (
-            "_per_token(torch.cat([past, torch.eye(chunks, dtype=torch.bool)], 1)",
-            "_per_token(torch.cat([past, torch.eye(chunks, dtype=torch.bool) | past], 1)",
+            "Blocks(torch.cat([past, torch.eye(chunks, dtype=torch.bool)], 1)",
+            "Blocks(torch.cat([past, torch.eye(chunks, dtype=torch.bool) | past], 1)",
             "the noisy past is seen beside the given history",
         ),
         (
-            "_per_token(torch.cat([past, torch.eye",
-            "_per_token(torch.cat([past | torch.eye(chunks, dtype=torch.bool), torch.eye",
+            "Blocks(torch.cat([past, torch.eye",
+            "Blocks(torch.cat([past | torch.eye(chunks, dtype=torch.bool), torch.eye",
             "a chunk sees its own clean end",
         ),
     ],
