@@ -5,23 +5,28 @@ student   the parent's averaged student, or the teacher's   causal
 critic    the parent's critic, or the teacher's             bidirectional, with the heads that its terms train
 backbone  the parent's averaged student, frozen             causal, beside a refiner
 refiner   the parent's averaged student                     causal
+
+A role with adapters (`lora:`) is a view on a frozen base, the teacher itself where the role descends from it unchanged.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
 
+from distill import adapters
 from distill.config import Recipe, head_function
 from distill.contracts import Roles
 from distill.data import dataset
 from distill.errors import UserError
 from distill.runs import read_status
-from distill.state import checkpoint, lineage
+from distill.state import lineage
 from distill.state.lineage import Manifest
 from student.causal_dit import CausalDiT
+from teacher.adapted import AdaptedDiT
 from teacher.dit import DiT, DiTConfig
 from teacher.embedder import IdentityEmbedder
 
@@ -53,12 +58,12 @@ def build_roles(recipe: Recipe, teacher: Manifest | None, parent: Manifest | Non
         return Roles(models, recipe.student, dataset.load_codec(data))
     assert teacher is not None
     models = {"teacher": network(recipe.model, teacher, "ema")}
+    bases = {(teacher.hash, "ema"): models["teacher"]}
     for role in dict.fromkeys([*trained, *(["backbone"] if "refiner" in trained else [])]):
-        source, part = _origin(role, parent, teacher)
-        if role == "critic":
-            models[role] = network(recipe.model, source, part, term_heads(recipe))
-        else:
-            models[role] = CausalDiT(network(recipe.model, source, part), recipe.student)
+        source = _origin(role, parent, teacher)
+        heads = term_heads(recipe) if role == "critic" else None
+        dit = _adapted(recipe, role, source, heads, bases) or network(recipe.model, *source, heads)
+        models[role] = dit if role == "critic" else CausalDiT(dit, recipe.student)
     embedder = IdentityEmbedder.load(data / "embedder")
     return Roles(models, recipe.student, dataset.load_codec(data), embedder)
 
@@ -69,7 +74,7 @@ def network(config: DiTConfig, source: Manifest, part: str, heads: nn.ModuleDict
     model = DiT(config)
     if heads:
         model.add_module("heads", heads)
-    tensors = {name.removeprefix("dit."): t.float() for name, t in checkpoint.load(source.path, part).items()}
+    tensors = {name: t.float() for name, t in adapters.plain((source, part)).items()}
     own = {name: t for name, t in model.state_dict().items() if name.startswith("heads.")}
     tensors = own | {name: t for name, t in tensors.items() if name in own or not name.startswith("heads.")}
     try:
@@ -78,6 +83,37 @@ def network(config: DiTConfig, source: Manifest, part: str, heads: nn.ModuleDict
         first = str(error).splitlines()[1].strip()
         raise UserError(f"The weights {source.path}/{part} do not fit the recipe's model: {first}") from None
     return model
+
+
+def _adapted(
+    recipe: Recipe,
+    role: str,
+    source: adapters.Source,
+    heads: nn.ModuleDict | None,
+    bases: dict[tuple[str, str], nn.Module],
+) -> AdaptedDiT | None:
+    """The role as a view on a frozen base, or None where it is to be a whole network.
+
+    Stored adapters go on, on the base they have; so does a frozen role (`backbone`). Other weights become the base.
+    """
+    wanted = recipe.lora.of(role) if recipe.lora else None
+    frozen = role not in [phase.update for phase in recipe.phases]
+    tensors = adapters.tensors_of(source)
+    stored = adapters.stored_config(source) if adapters.are_adapters(tensors) else None
+    if wanted is None and not (frozen and stored):
+        return None
+    goes_on = stored is not None and (frozen or stored == wanted)
+    config = stored if goes_on else wanted
+    assert config is not None
+    base = adapters.base_of(source) if goes_on else source
+    key = (base[0].hash, base[1])
+    if key not in bases:
+        bases[key] = network(recipe.model, *base).requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        view = adapters.view_on(cast(DiT, bases[key]), config, tensors if goes_on else {})
+    adapters.attach(view, heads, tensors)
+    return view
 
 
 def term_heads(recipe: Recipe) -> nn.ModuleDict:

@@ -19,8 +19,8 @@ from teacher.rope import rope_angles, rotate
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention. q [B, N, heads, d], k, v [B, M, heads, d], mask bool, True = may look, broadcastable to
-    [B, heads, N, M] -> [B, N, heads, d]. On a GPU flash-attn is used when it is installed, the call is in half precision
-    and has no mask; all other calls go to torch, which picks among its own kernels."""
+    [B, heads, N, M] -> [B, N, heads, d]. On a GPU flash-attn serves where it is installed, in half precision and
+    without a mask; all else goes to torch, which picks among its own kernels."""
     if mask is None and q.is_cuda and (flash := _flash_attn()) is not None and q.dtype in (torch.bfloat16, torch.half):
         return flash(q, k, v)
     # On a CPU the backward pass of SDPA is about seven times slower in bf16 than in fp32 (torch 2.13).
@@ -58,8 +58,8 @@ class Blocks:
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, padding: Tensor | None = None) -> Tensor:
-    """`attention` under `blocks`, one query block after the other over the keys that it sees: nothing hidden is computed,
-    no [N, M] mask exists, and flash-attn can serve. padding [B, 1, 1, M] hides further keys."""
+    """`attention` under `blocks`, one query block after the other over the keys that it sees: nothing hidden is
+    computed, no [N, M] mask exists, and flash-attn can serve. padding [B, 1, 1, M] hides further keys."""
     out = []
     for row, query in enumerate(q.split(blocks.size, 1)):
         spans = blocks.spans(row)

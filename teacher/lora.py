@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): several networks on one frozen set of base weights.
 
-A view (`teacher/adapted.py`) is a DiT to all who use it, and owns nothing but its adapters: y = W x + alpha / rank * B A x
-with W the base's weight, A random, B zero, so it starts as the base. Student, critic and teacher on one base are three
+A view (`teacher/adapted.py`) is a DiT to all who use it, and owns nothing but its adapters:
+y = W x + alpha / rank * B A x with W the base's weight, A random, B zero, so it starts as the base. Student, critic and teacher on one base are three
 views of the same tensors. A view says which adapters count for the length of one call, and again when activation
 checkpointing repeats a block in the backward pass, at which time another view may have run last.
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,12 +53,12 @@ class Adapters(nn.Module):
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
         for layer, slot in self.slots.items():
             # Masters of fp32 or better, whatever the base is kept in.
-            place = {"device": layer.weight.device, "dtype": torch.promote_types(layer.weight.dtype, torch.float32)}
-            down = torch.empty(config.rank, layer.in_features, **place)
+            dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+            down = layer.weight.new_empty(config.rank, layer.in_features, dtype=dtype)
             if not down.is_meta:
                 nn.init.kaiming_uniform_(down, a=math.sqrt(5))
             self.down[slot] = nn.Parameter(down)
-            self.up[slot] = nn.Parameter(torch.zeros(layer.out_features, config.rank, **place))
+            self.up[slot] = nn.Parameter(layer.weight.new_zeros(layer.out_features, config.rank, dtype=dtype))
 
     def add(self, layer: Linear, x: Tensor, y: Tensor) -> Tensor:
         """y plus what this view adds to `layer` of x."""
