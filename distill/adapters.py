@@ -1,7 +1,7 @@
 """Adapters between recipe, checkpoints and networks: who gets some, whose base they sit on, and plain weights again.
 
-A checkpoint of a role trained with `lora:` holds its adapters alone. Their base is the nearest ancestor with plain weights
-for the role: the teacher, where a line of stages has used adapters from the start, so that student, critic and
+A checkpoint of a role trained with `lora:` holds its adapters alone. Their base is the nearest ancestor with plain
+weights for the role: the teacher, where a line of stages has used adapters from the start, so that student, critic and
 teacher share one set of weights. `plain` merges on reading: next stage, export and evaluation see a whole network.
 """
 

@@ -63,10 +63,11 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class DataRef:
-    """The prepared data set: its folder, and what `make data` puts there."""
+    """The prepared data set: its folder, and what `make data` puts there; or, of clips made elsewhere, their sizes."""
 
     path: str = "data/tiny"
     prepare: Any = field(default=None, metadata={"schema": "distill.data.prepare:PrepareConfig", "always": True})
+    clip: Any = field(default=None, metadata={"schema": "distill.batches:Clip"})  # where `make data` prepares nothing
 
 
 @dataclass(frozen=True)

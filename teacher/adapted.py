@@ -1,7 +1,7 @@
 """A network as a view of another one: the base's weights, which are shared and never change, plus adapters of its own.
 
 The view owns its adapters (and the heads that terms put on it) and nothing else: parameters(), optimizers, averages,
-checkpoints and copies see these alone. Any number of views and the base itself may take turns, at no cost for the change.
+checkpoints and copies see these alone. Views and base may take turns at no cost.
 """
 
 from __future__ import annotations
