@@ -94,10 +94,11 @@ class Shadow(DiT):
         )
         self.calls.append(call)
         if self.machine.bf16 and not self.machine.gathered and self.gate.requires_grad and self.cast is None:
-            self.cast = self.meter.hold(self.state.gradients / 2, "activations")  # autocast's copies of the weights
+            # Autocast's copies of weights that learn: made once, kept until the backward pass is through.
+            self.cast = self.meter.hold(self.state.gradients / 2, "activations")
         flat = [tensor for kv in before for tensor in (kv.k, kv.v)]
         out = _Run.apply(self, call, x, self.gate, *flat)
-        v, layers = out[0], out[1:]
+        v, layers = (_Tail.apply(self, call, out[0]) if asks else out[0]), out[1:]
         return v, [(layers[2 * i], layers[2 * i + 1]) for i in range(len(layers) // 2)]
 
 
@@ -115,12 +116,13 @@ class _Run(torch.autograd.Function):
                 kept = input_bytes
                 ctx.held = list(context)
             else:
-                kept = input_bytes + sum(blocks_of(net, call))
+                kept = input_bytes + sum(blocks_of(net, call)) - tail_of(net, call)
             ctx.held.append(meter.hold(kept + outside_blocks(config, call), "activations"))
         shape = (call.items, call.tokens, config.dim)
         size = machine.compute * n
         layers = [meter.hold(size, "KV cache", shape) for _ in range(2 * config.depth * call.kept)]
-        meter.touch(activations=at_work(config, call, machine), buffers=net.state.gathered)
+        if config.checkpoint_blocks or not call.graph:  # else what is at work is what is kept
+            meter.touch(activations=at_work(config, call, machine), buffers=net.state.gathered)
         return (torch.zeros_like(x), *layers)
 
     @staticmethod
@@ -138,6 +140,24 @@ class _Run(torch.autograd.Function):
         size = machine.compute * call.items * config.dim
         back = [meter.hold(size * shape[1], "activations", shape) for shape in shapes]
         return None, None, torch.zeros_like(x) if call.inner else None, torch.zeros(()), *back
+
+
+class _Tail(torch.autograd.Function):
+    """What is kept for the velocity alone: gone when only keys and values of the call are used."""
+
+    @staticmethod
+    def forward(ctx: Any, net: Shadow, call: Call, v: Tensor) -> Any:
+        ctx.held = [net.meter.hold(tail_of(net, call), "activations")]
+        return v.view_as(v)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return None, None, gradients[0]
+
+
+def tail_of(net: Shadow, call: Call) -> float:
+    """Bytes of the last block that only the velocity needs; checkpointing keeps none of them."""
+    return 0.0 if net.config.checkpoint_blocks else kept_for_velocity(net.config, call, net.machine, net.lora)
 
 
 def blocks_of(net: Shadow, call: Call) -> list[float]:
@@ -229,8 +249,8 @@ def _update(recipe: Recipe, clip: Clip, roles: Roles, phase: Phase, meter: Meter
         total = torch.zeros(())
         for term in phase.terms:
             total = total + term.weight * term_function(term.name)(roll, roles, term.config).value
-        own.cast = None  # the graph has them now
         total.backward()
+        own.cast = None
         del roll, total, batch
         if micro == 0:
             calls = tuple(call for model in roles.models.values() for call in shadow_of(model).calls)
