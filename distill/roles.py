@@ -9,10 +9,14 @@ refiner   the parent's averaged student                     causal
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distill.config import Recipe, head_function
 from distill.contracts import Roles
@@ -21,6 +25,7 @@ from distill.errors import UserError
 from distill.runs import read_status
 from distill.state import checkpoint, lineage
 from distill.state.lineage import Manifest
+from distill.state.shards import Part
 from student.causal_dit import CausalDiT
 from teacher.dit import DiT, DiTConfig
 from teacher.embedder import IdentityEmbedder
@@ -43,8 +48,26 @@ def kept_teacher(scale: str) -> Path:
     return Path("recipes") / scale / "teacher"
 
 
-def build_roles(recipe: Recipe, teacher: Manifest | None, parent: Manifest | None, data: Path) -> Roles:
-    """Networks of every role that the recipe's phases and terms speak of, on the CPU, in fp32."""
+@dataclass(frozen=True)
+class Origin:
+    """What fills a network that was made empty: a part of a checkpoint, and the heads that it may lack."""
+
+    folder: Path
+    own: dict[str, Tensor]
+
+    def part(self) -> Part:
+        return Part(self.folder)
+
+
+# trained? -> the context in which networks are made empty, None to make them whole (Engine.empty)
+Empty = Callable[[bool], AbstractContextManager[Any] | None]
+
+
+def build_roles(
+    recipe: Recipe, teacher: Manifest | None, parent: Manifest | None, data: Path, empty: Empty | None = None
+) -> Roles:
+    """Networks of every role that the recipe's phases and terms speak of, on the CPU, in fp32; or empty, with
+    `origins` that say what fills them."""
     trained = [phase.update for phase in recipe.phases]
     if "teacher" in trained:
         with torch.random.fork_rng(devices=[]):  # initial weights are the one draw from torch's global state
@@ -52,15 +75,29 @@ def build_roles(recipe: Recipe, teacher: Manifest | None, parent: Manifest | Non
             models: dict[str, nn.Module] = {"teacher": DiT(recipe.model)}
         return Roles(models, recipe.student, dataset.load_codec(data))
     assert teacher is not None
-    models = {"teacher": network(recipe.model, teacher, "ema")}
+    origins: dict[str, Origin] = {}
+
+    def make(role: str, source: Manifest, part: str, heads: nn.ModuleDict | None = None) -> DiT:
+        context = empty(role in trained) if empty is not None else None
+        if context is None:
+            return network(recipe.model, source, part, heads)
+        own = {f"heads.{name}": tensor for name, tensor in (heads.state_dict() if heads else {}).items()}
+        origins[role] = Origin(source.path / part, own)
+        with context:
+            model = DiT(recipe.model)
+            if heads:
+                model.add_module("heads", term_heads(recipe))
+        return model
+
+    models = {"teacher": make("teacher", teacher, "ema")}
     for role in dict.fromkeys([*trained, *(["backbone"] if "refiner" in trained else [])]):
         source, part = _origin(role, parent, teacher)
         if role == "critic":
-            models[role] = network(recipe.model, source, part, term_heads(recipe))
+            models[role] = make(role, source, part, term_heads(recipe))
         else:
-            models[role] = CausalDiT(network(recipe.model, source, part), recipe.student)
+            models[role] = CausalDiT(make(role, source, part), recipe.student)
     embedder = IdentityEmbedder.load(data / "embedder")
-    return Roles(models, recipe.student, dataset.load_codec(data), embedder)
+    return Roles(models, recipe.student, dataset.load_codec(data), embedder, origins=origins)
 
 
 def network(config: DiTConfig, source: Manifest, part: str, heads: nn.ModuleDict | None = None) -> DiT:
