@@ -181,7 +181,9 @@ def kept_per_block(c: DiTConfig, call: Call, machine: Machine, lora: LoRAConfig 
         window = _window(c, index) * (AUDIO_PER_LATENT // c.audio_group)
         size += (2 * a + (4 if machine.cuda else 8)) * (b * call.text * d + b * t * window * d)
     if machine.bf16 and not machine.gathered and (lora is not None or not call.trained):
-        size += 2 * (4 * d * d + 2 * d * c.ffn_dim + 7 * d * d * told)  # autocast's copies, made anew for frozen weights
+        size += 2 * (
+            4 * d * d + 2 * d * c.ffn_dim + 7 * d * d * told
+        )  # autocast's copies, made anew for frozen weights
     if lora is not None:
         ranks = sum(_rows_of(c, call, target, index) * lora.rank for target in lora.targets)
         size += s * ranks
@@ -216,5 +218,7 @@ def outside_blocks(c: DiTConfig, call: Call) -> float:
     size = 4.0 * b * t * (256 + 4 * d + 6 * d) + 12.0 * b * call.tokens * d
     if call.text:
         groups = AUDIO_PER_LATENT // c.audio_group
-        size += 4.0 * 3 * b * call.text * d + 4.0 * b * call.text * c.text_dim + 2 * 4.0 * 3 * b * (t + PAST) * groups * d
+        size += (
+            4.0 * 3 * b * call.text * d + 4.0 * b * call.text * c.text_dim + 2 * 4.0 * 3 * b * (t + PAST) * groups * d
+        )
     return size

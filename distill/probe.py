@@ -26,6 +26,7 @@ from distill.costs import (
     backward_at_work,
     block_parameters,
     flops,
+    kept_for_velocity,
     kept_per_block,
     outside_blocks,
 )
@@ -50,7 +51,9 @@ class State:
 class Shadow(DiT):
     """A network that keeps the books."""
 
-    def __init__(self, config: DiTConfig, role: str, machine: Machine, meter: Meter, state: State, lora: LoRAConfig | None):
+    def __init__(
+        self, config: DiTConfig, role: str, machine: Machine, meter: Meter, state: State, lora: LoRAConfig | None
+    ):
         nn.Module.__init__(self)
         self.config, self.role, self.machine, self.meter = config, role, machine, meter
         self.state, self.lora = state, lora
@@ -73,8 +76,10 @@ class Shadow(DiT):
         before = [kv for layer in context or [] for kv in layer]
         looked = sum(kv.k.shape[1] for kv in (context[0] if context else []))
         tokens = x.shape[1] * rows * columns
-        blocks = (tokens + looked,) if mask is None else tuple(
-            sum(span.stop - span.start for span in mask.spans(row)) for row in range(len(mask.visible))
+        blocks = (
+            (tokens + looked,)
+            if mask is None
+            else tuple(sum(span.stop - span.start for span in mask.spans(row)) for row in range(len(mask.visible)))
         )
         asks = torch.is_grad_enabled() and (
             self.gate.requires_grad or x.requires_grad or any(kv.k.requires_grad for kv in before)

@@ -55,10 +55,12 @@ class Adapters(nn.Module):
             # Masters of fp32 or better, whatever the base is kept in.
             dtype = torch.promote_types(layer.weight.dtype, torch.float32)
             down = layer.weight.new_empty(config.rank, layer.in_features, dtype=dtype)
+            if down.is_meta and not torch.empty(0).is_meta:  # on a base that is yet to be filled
+                down = torch.empty(config.rank, layer.in_features, dtype=dtype)
             if not down.is_meta:
                 nn.init.kaiming_uniform_(down, a=math.sqrt(5))
             self.down[slot] = nn.Parameter(down)
-            self.up[slot] = nn.Parameter(layer.weight.new_zeros(layer.out_features, config.rank, dtype=dtype))
+            self.up[slot] = nn.Parameter(down.new_zeros(layer.out_features, config.rank))
 
     def add(self, layer: Linear, x: Tensor, y: Tensor) -> Tensor:
         """y plus what this view adds to `layer` of x."""

@@ -57,7 +57,9 @@ def noise_roles(recipe: Recipe, source: Noise) -> Roles:
             dit = DiT(recipe.model) if lora is None else AdaptedDiT(teacher, lora)
             models[role] = dit if role == "critic" else CausalDiT(dit, recipe.student)
     channels = recipe.model.channels
-    codec = small_codec() if channels == 4 else PCACodec(torch.zeros(768), torch.eye(768, channels), torch.ones(channels))
+    codec = (
+        small_codec() if channels == 4 else PCACodec(torch.zeros(768), torch.eye(768, channels), torch.ones(channels))
+    )
     embedder = IdentityEmbedder(channels, source.clip.rows, source.clip.columns).requires_grad_(False)
     return Roles(models, recipe.student, codec, embedder, source)
 
@@ -65,7 +67,9 @@ def noise_roles(recipe: Recipe, source: Noise) -> Roles:
 def trainer_of(recipe: Recipe, folder: Path) -> Trainer:
     """A trainer over noise, ready for updates."""
     source = Noise(recipe, clip_of(recipe.data))
-    return Trainer(recipe, StageRun(folder, done=False), noise_roles(recipe, source), source, Engine(recipe.train.precision), None)
+    return Trainer(
+        recipe, StageRun(folder, done=False), noise_roles(recipe, source), source, Engine(recipe.train.precision), None
+    )
 
 
 def one_step(trainer: Trainer, step: int) -> dict[str, Any]:

@@ -196,6 +196,11 @@ def first(tmp_path: Path, recipe: Recipe) -> Manifest:
     return lineage.read(checkpoint.save(tmp_path / "teacher", 1, {"ema": randomized}, meta))
 
 
+def averaged_student(trainer: Trainer) -> DiT:
+    with trainer.averaged_roles() as averaged:
+        return averaged.causal("student").dit
+
+
 def speed(model: DiT) -> Tensor:
     with torch.no_grad():
         return model(latents(2, dtype=torch.float32), T, conditions(2, dtype=torch.float32))
@@ -222,7 +227,7 @@ def test_a_line_of_stages_on_one_base_ends_in_plain_weights(tmp_path: Path, make
     plain = roles.network(trainer.recipe.model, stage3, "critic")
     assert type(plain) is DiT
     torch.testing.assert_close(speed(plain), speed(critic), rtol=1e-4, atol=1e-5)
-    averaged = trainer.averaged_roles().causal("student").dit
+    averaged = averaged_student(trainer)
     plain = roles.network(trainer.recipe.model, stage3, "ema")
     torch.testing.assert_close(speed(plain), speed(averaged), rtol=1e-4, atol=1e-5)
     assert (speed(plain) - speed(base)).abs().max() > 1e-3
@@ -252,7 +257,7 @@ def test_a_student_that_was_trained_whole_becomes_the_base_of_its_adapters(tmp_p
     assert torch.equal(speed(student.base), speed(base)) and not any(p.requires_grad for p in student.base.parameters())
     plain = roles.network(trainer.recipe.model, stage3, "ema")
     torch.testing.assert_close(
-        speed(plain), speed(trainer.averaged_roles().causal("student").dit), atol=1e-5, rtol=1e-4
+        speed(plain), speed(averaged_student(trainer)), atol=1e-5, rtol=1e-4
     )
     # another rank cannot go on: what was learned is merged into the base first
     trainer, _ = make(("stage=stage4", "parent=stage3", *REFINE[2:4], "lora={refiner: {rank: 1}}"), teacher, stage3)

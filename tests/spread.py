@@ -1,0 +1,114 @@
+"""What two processes do in tests/test_spread.py: small networks through the trainer, under every engine.
+
+    python -m torch.distributed.run --nproc_per_node 2 tests/spread.py FOLDER case [case ...]
+
+A case is `<stage>-<engine>[-<what>]`; its run folder is FOLDER/<case>. The same `train` in one process is the reference.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from conftest import SIDE, batch_of, conditions, latents, normal, small_codec, small_dit, small_student
+from torch import Tensor, nn
+
+from distill.config import Recipe, load
+from distill.contracts import Roles
+from distill.data.batch import Batch
+from distill.engine import EngineConfig, make_engine
+from distill.runs import StageRun
+from distill.trainer import Trainer
+from teacher.embedder import IdentityEmbedder
+
+RECIPE = """
+name: r
+scale: tiny
+stage: {stage}
+model: {{dim: 32, depth: 2, heads: 2, ffn_dim: 24, channels: 4, text_dim: 6, mels: 4, references: [global, expression]}}
+student: {{chunk_frames: 1, sink_chunks: 1, window_chunks: 1, steps: [1.0, 0.5], history_noise: 0.1}}
+rollout: {rollout}
+phases:
+  - {{update: critic, terms: {{flow_matching: {{role: critic, drop_text: 0.4, drop_audio: 0.4}}}}}}
+  - {{update: student, every: 2, terms: {{dmd: {{cfg: {{text: 2.0, audio: 3.0}}}}, {term}}}}}
+optimizer: {{lr: 1.0e-3, betas: [0.0, 0.999], warmup_steps: 3, schedule: cosine, student: {{lr: 2.0e-3}}}}
+train: {{steps: 10, batch_size: 4, grad_accumulation: 2, clip: 0.5, ema: 0.8, save_every: 6, log_every: 1, keep: 9}}
+"""
+STAGES = {
+    "stage2": {"rollout": "{kind: renoised}", "term": "perceptual: {weight: 2.0, levels: 2, frames: 1}"},
+    "stage3": {"rollout": "{kind: self, chunks: 5, grad_chunks: 2}", "term": "identity_drift: {weight: 2.0}"},
+}
+SIZES = {"dim": 32, "heads": 2, "ffn_dim": 24, "dtype": torch.float32}
+FRAMES = 3
+
+
+class Source:
+    """Random clips; `poison` makes the audio of one clip in the second half NaN at one call."""
+
+    fingerprint = "none"
+
+    def __init__(self, poison: int = 0, kill: int = 0):
+        self.poison, self.kill, self.calls = poison, kill, 0
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
+        self.calls += 1
+        if self.calls == self.kill and os.environ.get("RANK") == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        seed = int(torch.randint(2**30, (), generator=generator))
+        cond = conditions(FRAMES, batch_size, seed=seed, dtype=torch.float32)
+        if self.calls == self.poison:
+            cond.speak[-1] = math.nan
+        return batch_of(cond, latents(FRAMES, batch_size, seed=seed, dtype=torch.float32))
+
+
+class Paths:
+    """Stands in for stored trajectories."""
+
+    def states(self, index: Tensor) -> Tensor:
+        known = normal(4, 3, FRAMES, 4, SIDE, SIDE, seed=9, dtype=torch.float32)
+        return known[index.cpu()].to(index.device)
+
+
+def recipe(folder: Path, stage: str, *changes: str) -> Recipe:
+    path = folder / f"{stage}.yaml"
+    if not path.is_file():
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(RECIPE.format(stage=stage, **STAGES[stage]))
+        os.replace(temporary, path)
+    return load(path, changes)
+
+
+def trainer(
+    folder: Path, case: str, config: EngineConfig, source: Source | None = None, *changes: str, seed: int = 0
+) -> Trainer:
+    stage = case.partition("-")[0]
+    checked = recipe(folder, stage, *changes)
+    run = StageRun(folder / case, done=False)
+    run.folder.mkdir(exist_ok=True)
+    models: dict[str, nn.Module] = {
+        "teacher": small_dit(1, **SIZES),
+        "critic": small_dit(seed + 2, **SIZES),
+        "student": small_student(checked.student, seed + 3, **SIZES),
+    }
+    torch.manual_seed(0)
+    embedder = IdentityEmbedder(4, SIDE, SIDE, width=8, dim=8).requires_grad_(False)
+    roles = Roles(models, checked.student, small_codec(), embedder, trajectories=Paths())
+    engine = make_engine(checked.train.precision, config)
+    return Trainer(checked, run, roles, source or Source(), engine, parent=None)
+
+
+def main(folder: Path, cases: list[str]) -> None:
+    torch.set_num_threads(1)
+    for case in cases:
+        _, kind, *rest = case.split("-")
+        print(case, flush=True)
+        trainer(folder, case, EngineConfig(kind=kind)).fit()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
