@@ -1,4 +1,4 @@
-"""What one run of the network costs, from its configuration: matmul FLOPs, bytes kept for the backward pass, bytes at work.
+"""What one run of the network costs, by its configuration: matmul FLOPs, bytes kept for the backward pass, at work.
 
 Letters as in the README; n = B N D numbers of the tokens, M keys per query. FLOPs count two per multiply-add of every
 matrix product, attention included; element-wise work is left out, as is customary. Bytes follow the code of
@@ -11,6 +11,7 @@ matrix product, attention included; element-wise work is left out, as is customa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from teacher.conditions import AUDIO_PER_LATENT, PAST
 from teacher.dit import DiTConfig
@@ -97,6 +98,7 @@ def _sides(c: DiTConfig, target: str) -> tuple[int, int]:
 # ---- FLOPs ------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=4096)
 def flops(c: DiTConfig, call: Call, lora: LoRAConfig | None = None) -> tuple[float, float]:
     """(forward, backward) of one run without recomputation. Frozen weights pass gradients on but get none."""
     d, b, n, groups = c.dim, call.items, call.tokens, AUDIO_PER_LATENT // c.audio_group
@@ -160,6 +162,7 @@ def _rows_of(c: DiTConfig, call: Call, target: str, index: int) -> int:
 # ---- bytes ------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=4096)
 def kept_per_block(c: DiTConfig, call: Call, machine: Machine, lora: LoRAConfig | None = None, index: int = 0) -> float:
     """Bytes that block `index` keeps for its backward pass (without checkpointing, its input not counted)."""
     b, t, d, told = call.items, call.frames, c.dim, call.text > 0

@@ -49,7 +49,7 @@ class State:
 
 
 class Shadow(DiT):
-    """A network that keeps the books."""
+    """A network that keeps the books: the keys and values of all its blocks are one pair, as large as all together."""
 
     def __init__(
         self, config: DiTConfig, role: str, machine: Machine, meter: Meter, state: State, lora: LoRAConfig | None
@@ -104,7 +104,7 @@ class Shadow(DiT):
         flat = [tensor for kv in before for tensor in (kv.k, kv.v)]
         out = _Run.apply(self, call, x, self.gate, *flat)
         v, layers = (_Tail.apply(self, call, out[0]) if asks else out[0]), out[1:]
-        return v, [(layers[2 * i], layers[2 * i + 1]) for i in range(len(layers) // 2)]
+        return v, [(layers[0], layers[1])] if keep else []
 
 
 class _Run(torch.autograd.Function):
@@ -125,7 +125,7 @@ class _Run(torch.autograd.Function):
             ctx.held.append(meter.hold(kept + outside_blocks(config, call), "activations"))
         shape = (call.items, call.tokens, config.dim)
         size = machine.compute * n
-        layers = [meter.hold(size, "KV cache", shape) for _ in range(2 * config.depth * call.kept)]
+        layers = [meter.hold(size * config.depth, "KV cache", shape) for _ in range(2 * call.kept)]  # of all blocks
         if config.checkpoint_blocks or not call.graph:  # else what is at work is what is kept
             meter.touch(activations=at_work(config, call, machine), buffers=net.state.gathered)
         return (torch.zeros_like(x), *layers)
@@ -135,6 +135,8 @@ class _Run(torch.autograd.Function):
         net, call, meter = ctx.net, ctx.call, ctx.net.meter
         config, machine = net.config, net.machine
         again = max(blocks_of(net, call)) if config.checkpoint_blocks else 0.0
+        if again and call.trained and net.lora is None and machine.bf16 and not machine.gathered:
+            again += 2 * block_parameters(config)
         work = again + backward_at_work(config, call, machine)
         meter.touch(activations=work, buffers=net.state.gathered)
         ctx.held.clear()
@@ -142,8 +144,9 @@ class _Run(torch.autograd.Function):
             net.gradients = meter.hold(net.state.gradients, "gradients")
         meter.touch(activations=work, buffers=net.state.gathered)
         x, shapes = ctx.shapes
-        size = machine.compute * call.items * config.dim
-        back = [meter.hold(size * shape[1], "activations", shape) for shape in shapes]
+        size = machine.compute * call.items * config.dim * config.depth
+        asked = zip(shapes, ctx.needs_input_grad[4:], strict=True)  # history is mostly detached
+        back = [meter.hold(size * shape[1], "activations", shape) if needed else None for shape, needed in asked]
         return None, None, torch.zeros_like(x) if call.inner else None, torch.zeros(()), *back
 
 
@@ -167,7 +170,8 @@ def tail_of(net: Shadow, call: Call) -> float:
 
 def blocks_of(net: Shadow, call: Call) -> list[float]:
     """Bytes that each block keeps."""
-    return [kept_per_block(net.config, call, net.machine, net.lora, index) for index in range(net.config.depth)]
+    pair = [kept_per_block(net.config, call, net.machine, net.lora, index) for index in range(2)]  # speak, listen
+    return [pair[index % 2] for index in range(net.config.depth)]
 
 
 class _Paths:
@@ -254,6 +258,8 @@ def _update(recipe: Recipe, clip: Clip, roles: Roles, phase: Phase, meter: Meter
         total = torch.zeros(())
         for term in phase.terms:
             total = total + term.weight * term_function(term.name)(roll, roles, term.config).value
+        if recipe.model.checkpoint_blocks:
+            own.cast = None  # the backward pass makes them again, block by block
         total.backward()
         own.cast = None
         del roll, total, batch
