@@ -2,7 +2,7 @@
 
     python -m torch.distributed.run --nproc_per_node 2 tests/spread.py FOLDER case [case ...]
 
-A case is `<stage>-<engine>[-<what>]`; its run folder is FOLDER/<case>. The same `train` in one process is the reference.
+A case is `<stage>-<engine>[-<what>]` in the run folder FOLDER/<case>; the reference is one process.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 import os
 import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch

@@ -224,11 +224,15 @@ def _adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 def _import(device: str) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device == "cuda" else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     try:
         import deepspeed
     except ImportError:
         raise UserError("ZeRO needs deepspeed: `make gpu`, or pip install deepspeed.") from None
+    # On a CPU DeepSpeed would compile an all-reduce of its own at the first start, minutes long, that only its
+    # inference engine calls; a start that is killed meanwhile leaves a lock on which the next one waits for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(dist_init_required=False)
+        deepspeed.init_distributed()  # takes up torch's process group
     return deepspeed
