@@ -107,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if launch.wanted(options.own):
             if COMMANDS[parsed.command].arguments:
                 options.load(*COMMANDS[parsed.command].arguments)  # a mistake in it is told once, not by every process
-            return launch.launch(options.own, sys.argv[1:] if arguments is None else arguments)
+            given = sys.argv[1:] if arguments is None else arguments
+            return launch.launch(options.own, ["-m", "distill", *given])
         return _run(COMMANDS[parsed.command], parsed.command, options)
     except UserError as error:
         if rank == "0" or error.code not in (ExitCode.STOPPED, ExitCode.NUMERICS):  # those all processes agree on

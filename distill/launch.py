@@ -45,8 +45,8 @@ def check(own: dict[str, str]) -> EngineConfig:
     return config
 
 
-def launch(own: dict[str, str], arguments: Sequence[str]) -> int:
-    """Run `python -m distill ARGUMENTS` in every process and wait; the exit status of the first that failed."""
+def launch(own: dict[str, str], command: Sequence[str]) -> int:
+    """Run `python COMMAND` in every process and wait; the exit status of the first that failed."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -70,7 +70,7 @@ def launch(own: dict[str, str], arguments: Sequence[str]) -> int:
     if "shutdown_timeout" in {f.name for f in fields(LaunchConfig)}:
         config.shutdown_timeout = SHUTDOWN_SECONDS
     try:
-        elastic_launch(config, sys.executable)("-m", "distill", *arguments)
+        elastic_launch(config, sys.executable)(*command)
     except ChildFailedError as error:
         return _status(error)
     except SignalException as error:

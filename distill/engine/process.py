@@ -41,7 +41,7 @@ def together(
         refusal, done = engine.from_main(("", False))
         if refusal:
             raise UserError(refusal)
-        with _told():
+        with told():
             yield Onlooker(run_folder(run) / recipe.stage, done)
         return
     opened = open_stage(run, recipe, recipe_path, parent)
@@ -52,7 +52,7 @@ def together(
         raise
     engine.from_main(("", stage.done))
     try:
-        with _told():
+        with told():
             yield stage
     except BaseException as error:
         if not opened.__exit__(type(error), error, error.__traceback__):
@@ -62,7 +62,7 @@ def together(
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def told() -> Iterator[None]:
     """A failed collective, said so that a user can act on it."""
     try:
         yield
