@@ -24,6 +24,7 @@ from distill.engine.fsdp import FSDP2, inner
 from distill.engine.pieces import Piece, Pieces
 from distill.engine.plain import Engine
 from distill.errors import UserError
+from teacher.attention import CrossAttention
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -74,8 +75,9 @@ class ZeRO(FSDP2):
             offload = optimizer.parameter_offload
             offload.fwd_pre_hook.remove()  # it records the order of calls, which differs from rollout to rollout
             dit = inner(model)
-            for index, block in enumerate(dit.blocks):
-                listener, told = block.cross_attn, (dit.speak_embedding, dit.listen_embedding)[index % 2]
+            listeners = [module for module in dit.modules() if isinstance(module, CrossAttention)]
+            for index, listener in enumerate(listeners):
+                told = (dit.speak_embedding, dit.listen_embedding)[index % 2]
                 for parameter in (listener.audio_k.weight, listener.audio_v.weight, told.offsets):
                     self.deepspeed.zero.register_external_parameter(listener, parameter)
         self.engines[role], self.optimizers[role] = engine, optimizer
