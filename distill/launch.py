@@ -73,8 +73,8 @@ def launch(own: dict[str, str], command: Sequence[str]) -> int:
         elastic_launch(config, sys.executable)(*command)
     except ChildFailedError as error:
         return _status(error)
-    except SignalException as error:
-        return ExitCode.INTERRUPTED if error.sigval == signal.SIGINT else ExitCode.STOPPED
+    except SignalException:  # passed on to the workers, which have saved and ended by now
+        return ExitCode.STOPPED
     return ExitCode.DONE
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from conftest import at_step, batch_of, conditions, latents, normal, small_roles
 from torch import Tensor
 
-from distill import cli, launch
+from distill import cli, launch, tracking
 from distill.contracts import Roles, Roll
 from distill.data.batch import Batch
 from distill.engine import load_engine
@@ -145,6 +146,17 @@ def test_the_command_line_starts_processes_and_takes_over_their_exit_status(
     assert own["processes"] == "2" and command == ["-m", "distill", *arguments]
     assert cli.main([*arguments, "--set", "train.batch_sice=2"]) == 2  # told here, once, and nothing was started
     assert "did you mean" in capsys.readouterr().err and len(given) == 1
+
+
+def test_a_signal_that_the_launcher_repeats_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    with tracking.StopSignal(said.append, repeated=True) as stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested and len(said) == 1
+        monkeypatch.setattr(tracking, "REPEAT_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 # ---- shards -----------------------------------------------------------------------------------------------
