@@ -71,6 +71,7 @@ class ZeRO(FSDP2):
         )
         if engine.zero_optimization_stage() != self.stage or not hasattr(optimizer, "dp_process_group"):
             raise RuntimeError(f"DeepSpeed set up {type(optimizer).__name__} instead of ZeRO-{self.stage}.")
+        self.mixed(inner(model))
         if self.stage == 3:
             offload = optimizer.parameter_offload
             offload.fwd_pre_hook.remove()  # it records the order of calls, which differs from rollout to rollout
@@ -150,6 +151,8 @@ class ZeRO(FSDP2):
     # ---- state --------------------------------------------------------------------------------------------
 
     def pieces(self, role: str) -> Pieces:
+        if role not in self.engines:
+            return super().pieces(role)
         flats = self._flats(role)
         return Pieces(
             Piece(name, shape, start, flats[group].detach().narrow(0, offset, count))
@@ -184,6 +187,9 @@ class ZeRO(FSDP2):
 
     @torch.no_grad()
     def refresh(self, role: str) -> None:
+        if role not in self.engines:
+            super().refresh(role)
+            return
         optimizer = self.optimizers[role]
         if self.stage < 3:
             optimizer.update_lp_params()
