@@ -67,6 +67,9 @@ class Trainer:
         engine.place(roles.models, configs, recipe.train.clip, recipe.train.compile)
         for role, origin in roles.origins.items():
             store.fill(engine, role, origin.part(), origin.own)
+        for frozen in (roles.codec, roles.embedder):
+            if frozen is not None:
+                frozen.to(engine.device)
         self.optimizers = engine.optimizers
         self.ema = engine.average(self.product, recipe.train.ema, recipe.train.ema_start)
         self.step, self.skipped = 0, 0

@@ -238,6 +238,34 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ),
         ("return keyed_generator(*key, tag)", "return keyed_generator(key[0], tag)", "the same noise at every step"),
     ],
+    ("teacher/draws.py", "engine"): [
+        ("rank * count, count)", "0, count)", "every process draws the first process's rows"),
+    ],
+    ("recipes/self_forcing.py", "engine"): [
+        ("torch.arange(rows) + rank * rows if", "torch.arange(rows) if", "neighbors of the first process's clips"),
+    ],
+    ("distill/engine/config.py", "engine"): [
+        ("if key in OURS:", "if False:", "DeepSpeed's file contradicts the recipe"),
+    ],
+    ("distill/launch.py", "engine"): [
+        ('if several and config.kind == "plain":', "if False:", "several processes that train the same alone"),
+    ],
+    ("distill/state/shards.py", "engine"): [
+        ("if len(files) != expected:", "if False:", "a checkpoint with a shard missing"),
+        ("if end != prod(shape):", "if False:", "a tensor with elements missing"),
+        ("- first * row : stop - first * row]", "- first : stop - first]", "elements counted as rows"),
+    ],
+    ("distill/engine/replicated.py", "spread"): [
+        ("flat /= dist.get_world_size()", "pass", "gradients summed over processes, not averaged"),
+        ("stacked / self.processes", "stacked", "curves summed over processes"),
+    ],
+    ("distill/engine/fsdp.py", "spread"): [
+        ("                module.reshard()", "                pass", "gathered weights outlive their masters"),
+    ],
+    ("distill/engine/zero.py", "spread"): [
+        ("boundary(last)", "boundary(True)", "only the last micro-step counts"),
+        ("optimizer.update_lp_params()", "pass", "masters that change reach no weights"),
+    ],
     ("teacher/naming.py", "weights"): [
         ('"d c p q -> d (p q c)"', '"d c p q -> d (q p c)"', "rows and columns of a patch swapped"),
         ("weight[:, :channels, 0]", "weight[:, -channels:, 0]", "the wrong channels of I2V kept"),

@@ -1,8 +1,9 @@
 """What two processes do in tests/test_spread.py: small networks through the trainer, under every engine.
 
-    python -m torch.distributed.run --nproc_per_node 2 tests/spread.py FOLDER case [case ...]
+    tests/spread.py FOLDER case [case ...]          (in every process, started by distill.launch)
 
-A case is `<stage>-<engine>[-<what>]`; its run folder is FOLDER/<case>. The same `train` in one process is the reference.
+A case is `<stage>-<engine>[-<what>]` in the run folder FOLDER/<case>; the reference is the engine `plain`. Under FSDP2
+and ZeRO-3 the networks of stage 3 are made empty and filled from a checkpoint, as large ones are.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import os
 import signal
 import sys
-from dataclasses import replace
+import warnings
 from pathlib import Path
 
 import torch
@@ -22,8 +23,13 @@ from distill.config import Recipe, load
 from distill.contracts import Roles
 from distill.data.batch import Batch
 from distill.engine import EngineConfig, make_engine
+from distill.engine.process import told
+from distill.errors import UserError
+from distill.roles import Origin
 from distill.runs import StageRun
 from distill.trainer import Trainer
+from student.causal_dit import CausalDiT
+from teacher.dit import DiT
 from teacher.embedder import IdentityEmbedder
 
 RECIPE = """
@@ -36,12 +42,21 @@ rollout: {rollout}
 phases:
   - {{update: critic, terms: {{flow_matching: {{role: critic, drop_text: 0.4, drop_audio: 0.4}}}}}}
   - {{update: student, every: 2, terms: {{dmd: {{cfg: {{text: 2.0, audio: 3.0}}}}, {term}}}}}
-optimizer: {{lr: 1.0e-3, betas: [0.0, 0.999], warmup_steps: 3, schedule: cosine, student: {{lr: 2.0e-3}}}}
-train: {{steps: 10, batch_size: 4, grad_accumulation: 2, clip: 0.5, ema: 0.8, save_every: 6, log_every: 1, keep: 9}}
+optimizer: {{lr: 1.0e-3, betas: [0.0, 0.999], warmup_steps: 2, schedule: cosine, student: {{lr: 2.0e-3}}}}
+train: {{steps: 10, batch_size: 4, clip: 0.5, ema: 0.8, save_every: 6, sample_every: 5, log_every: 1, keep: 9}}
 """
 STAGES = {
     "stage2": {"rollout": "{kind: renoised}", "term": "perceptual: {weight: 2.0, levels: 2, frames: 1}"},
     "stage3": {"rollout": "{kind: self, chunks: 5, grad_chunks: 2}", "term": "identity_drift: {weight: 2.0}"},
+}
+# what a case changes: overrides of the recipe, and of the source of batches
+VARIANTS: dict[str, tuple[list[str], dict[str, int]]] = {
+    "": ([], {}),
+    "accumulate": (["train.steps=2", "train.grad_accumulation=2"], {}),
+    "poison": (["train.steps=4"], {"poison": 3}),  # the student's first update
+    "bf16": (["train.steps=2", "train.precision=bf16"], {}),
+    "resumed": ([], {}),  # its folder holds the checkpoint of step 6 of another engine
+    "kill": ([], {"kill": 4}),
 }
 SIZES = {"dim": 32, "heads": 2, "ffn_dim": 24, "dtype": torch.float32}
 FRAMES = 3
@@ -74,6 +89,14 @@ class Paths:
         return known[index.cpu()].to(index.device)
 
 
+def gauge(step: int, roles: Roles) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """One evaluation of the averaged student."""
+    cond, x0 = conditions(FRAMES, 2, dtype=torch.float32), latents(FRAMES, 2, dtype=torch.float32)
+    with torch.no_grad():
+        v = roles.causal("student")(x0, torch.full((2,), 0.5, dtype=torch.float64), cond)
+    return {"health/v": float(v.square().mean())}, {}
+
+
 def recipe(folder: Path, stage: str, *changes: str) -> Recipe:
     path = folder / f"{stage}.yaml"
     if not path.is_file():
@@ -83,32 +106,50 @@ def recipe(folder: Path, stage: str, *changes: str) -> Recipe:
     return load(path, changes)
 
 
-def trainer(
-    folder: Path, case: str, config: EngineConfig, source: Source | None = None, *changes: str, seed: int = 0
-) -> Trainer:
-    stage = case.partition("-")[0]
-    checked = recipe(folder, stage, *changes)
-    run = StageRun(folder / case, done=False)
-    run.folder.mkdir(exist_ok=True)
-    models: dict[str, nn.Module] = {
+def models_of(checked: Recipe, seed: int = 0) -> dict[str, nn.Module]:
+    return {
         "teacher": small_dit(1, **SIZES),
         "critic": small_dit(seed + 2, **SIZES),
         "student": small_student(checked.student, seed + 3, **SIZES),
     }
+
+
+def trainer(folder: Path, case: str, seed: int = 0) -> Trainer:
+    """The trainer of a case; `seed` changes the weights that student and critic start from."""
+    stage, kind, *what = case.split("-")
+    changes, source = VARIANTS[what[0] if what else ""]
+    checked = recipe(folder, stage, *changes)
+    run = StageRun(folder / case, done=False)
+    run.folder.mkdir(exist_ok=True)
+    engine = make_engine(checked.train.precision, EngineConfig(kind=kind))
+    models, origins = models_of(checked, seed), {}
+    if stage == "stage3":
+        for role in models:
+            context = engine.empty(role != "teacher")
+            if context is not None:
+                with context:
+                    dit = DiT(checked.model)
+                models[role] = CausalDiT(dit, checked.student) if role == "student" else dit
+                origins[role] = Origin(folder / "start" / role, {})
     torch.manual_seed(0)
     embedder = IdentityEmbedder(4, SIDE, SIDE, width=8, dim=8).requires_grad_(False)
-    roles = Roles(models, checked.student, small_codec(), embedder, trajectories=Paths())
-    engine = make_engine(checked.train.precision, config)
-    return Trainer(checked, run, roles, source or Source(), engine, parent=None)
+    roles = Roles(models, checked.student, small_codec(), embedder, trajectories=Paths(), origins=origins)
+    return Trainer(checked, run, roles, Source(**source), engine, parent=None)
 
 
 def main(folder: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
     for case in cases:
-        _, kind, *rest = case.split("-")
-        print(case, flush=True)
-        trainer(folder, case, EngineConfig(kind=kind)).fit()
+        made = trainer(folder, case)
+        made.fit(gauge)
+        (folder / case / f"skipped-{made.engine.rank}").write_text(str(made.skipped))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    warnings.simplefilter("ignore")
+    try:
+        with told():
+            main(Path(sys.argv[1]), sys.argv[2:])
+    except UserError as error:
+        print(error.message, file=sys.stderr)
+        sys.exit(int(error.code))

@@ -15,8 +15,8 @@ from distill.schema import Report, bounded, build, choice, nearest, read_yaml
 
 KINDS = ("plain", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 # What the engine itself sets: a second word on these would be a silent contradiction.
-OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-OURS = (*OURS, "bf16", "fp16", "optimizer", "scheduler")
+OURS = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"}
+OURS |= {"bf16", "fp16", "optimizer", "scheduler"}
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,18 @@ class Pieced(Replicated):
         finally:
             self._exchange(role, ema)
 
+    def mixed(self, dit: DiT) -> None:
+        """Weights that computation sees are bf16 where the recipe says so: every run of the network is autocast then,
+        those for samples included, which a trainer with whole networks makes in fp32."""
+        if self.precision == "bf16":
+            run = dit.run
+
+            def autocast_run(*arguments: Any, **named: Any) -> Any:
+                with self.autocast():
+                    return run(*arguments, **named)
+
+            setattr(dit, "run", autocast_run)  # noqa: B010
+
     @torch.no_grad()
     def _exchange(self, role: str, ema: EMA) -> None:
         for name, master in self.pieces(role).named_parameters():
@@ -102,6 +114,7 @@ class FSDP2(Pieced):
         for module in [*blocks, *(heads.children() if heads is not None else [])]:
             fully_shard(module, **policy)
         fully_shard(dit, **policy)
+        self.mixed(dit)
         register_fsdp_forward_method(dit, "run")
         if is_meta:
             dit.to_empty(device="cpu" if offload else self.device)

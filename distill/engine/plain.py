@@ -168,5 +168,14 @@ class Engine:
         """The values (plain data) of all processes, in order, everywhere."""
         return [value]
 
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The block runs in rank 0 first and in the others after it."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()

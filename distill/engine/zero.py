@@ -24,7 +24,7 @@ from distill.engine.fsdp import FSDP2, inner
 from distill.engine.pieces import Piece, Pieces
 from distill.engine.plain import Engine
 from distill.errors import UserError
-from teacher.adapted import AdaptedDiT
+from teacher.attention import CrossAttention
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -71,12 +71,14 @@ class ZeRO(FSDP2):
         )
         if engine.zero_optimization_stage() != self.stage or not hasattr(optimizer, "dp_process_group"):
             raise RuntimeError(f"DeepSpeed set up {type(optimizer).__name__} instead of ZeRO-{self.stage}.")
+        self.mixed(inner(model))
         if self.stage == 3:
             offload = optimizer.parameter_offload
             offload.fwd_pre_hook.remove()  # it records the order of calls, which differs from rollout to rollout
             dit = inner(model)
-            for index, block in enumerate([] if isinstance(dit, AdaptedDiT) else dit.blocks):
-                listener, told = block.cross_attn, (dit.speak_embedding, dit.listen_embedding)[index % 2]
+            listeners = [module for module in dit.modules() if isinstance(module, CrossAttention)]
+            for index, listener in enumerate(listeners):
+                told = (dit.speak_embedding, dit.listen_embedding)[index % 2]
                 for parameter in (listener.audio_k.weight, listener.audio_v.weight, told.offsets):
                     self.deepspeed.zero.register_external_parameter(listener, parameter)
         self.engines[role], self.optimizers[role] = engine, optimizer
@@ -149,6 +151,8 @@ class ZeRO(FSDP2):
     # ---- state --------------------------------------------------------------------------------------------
 
     def pieces(self, role: str) -> Pieces:
+        if role not in self.engines:
+            return super().pieces(role)
         flats = self._flats(role)
         return Pieces(
             Piece(name, shape, start, flats[group].detach().narrow(0, offset, count))
@@ -183,6 +187,9 @@ class ZeRO(FSDP2):
 
     @torch.no_grad()
     def refresh(self, role: str) -> None:
+        if role not in self.engines:
+            super().refresh(role)
+            return
         optimizer = self.optimizers[role]
         if self.stage < 3:
             optimizer.update_lp_params()
@@ -225,11 +232,15 @@ def _adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 def _import(device: str) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device == "cuda" else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     try:
         import deepspeed
     except ImportError:
         raise UserError("ZeRO needs deepspeed: `make gpu`, or pip install deepspeed.") from None
+    # On a CPU DeepSpeed would compile an all-reduce of its own at the first start, minutes long, that only its
+    # inference engine calls; a start that is killed meanwhile leaves a lock on which the next one waits for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(dist_init_required=False)
+        deepspeed.init_distributed()  # takes up torch's process group
     return deepspeed

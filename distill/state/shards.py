@@ -135,7 +135,7 @@ def write_whole(folder: Path, part: Part, limit: int) -> None:
             size = 0
         files[-1].append(name)
         size, total = size + needed, total + needed
-    where = {}
+    where: dict[str, str] = {}
     for number, names in enumerate(files, start=1):
         file = TENSORS if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         save_file({name: part.whole(name).contiguous() for name in names}, folder / file, {"format": "pt"})
