@@ -10,6 +10,11 @@ SET    ?=
 RUN    ?=
 QUICK  ?=
 SMOKE  ?=
+ACCELERATE ?=
+PROCESSES  ?=
+NODES      ?=
+NODE_RANK  ?=
+MASTER     ?=
 
 # torch comes first. With a GPU: the newest build; without: the version that has a small CPU build.
 HAS_GPU = $(shell command -v nvidia-smi 2>/dev/null)
@@ -19,11 +24,15 @@ PYTHON = $(VENV)/bin/python
 PIP    = $(PYTHON) -m pip --disable-pip-version-check --quiet
 ARGS   = $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(PARENT),--parent '$(PARENT)') $(if $(RUN),--run '$(RUN)') \
          $(if $(SET),--set '$(SET)') $(if $(filter-out 0,$(QUICK)),--quick) $(if $(filter-out 0,$(SMOKE)),--smoke)
+# how the training commands are spread over processes and machines
+SPREAD = $(if $(ACCELERATE),--accelerate '$(ACCELERATE)') $(if $(PROCESSES),--processes '$(PROCESSES)') \
+         $(if $(NODES),--nodes '$(NODES)') $(if $(NODE_RANK),--node-rank '$(NODE_RANK)') $(if $(MASTER),--master '$(MASTER)')
 RUN_IT = $(PYTHON) -m distill
 
 .DEFAULT_GOAL := help
 .PHONY: help online-lpm data teacher keep-teacher trajectories distill distill-stage1 distill-stage2 distill-stage3 distill-stage4 \
-        export evaluate report stream serve latency doctor lineage recipes validate runs diff test mutants objectives lint types gpu ci smoke clean clean-venv
+        export evaluate report stream serve latency doctor lineage recipes validate runs diff test mutants objectives \
+        lint types gpu ci smoke clean clean-venv consolidate
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -39,7 +48,7 @@ data: $(VENV)/.installed ## prepare speech, characters and latents
 	@$(RUN_IT) data $(ARGS)
 
 teacher: $(VENV)/.installed ## train the teacher from nothing (a trained one is kept in the repository)
-	@$(RUN_IT) teacher $(ARGS)
+	@$(RUN_IT) teacher $(ARGS) $(SPREAD)
 
 keep-teacher: $(VENV)/.installed ## put the teacher of RUN= where the repository keeps one
 	@$(RUN_IT) keep $(ARGS)
@@ -51,19 +60,22 @@ distill: $(VENV)/.installed ## trajectories and stages 1 to 4
 	@$(RUN_IT) distill $(ARGS)
 
 distill-stage1: $(VENV)/.installed ## causal initialization by ODE regression
-	@$(RUN_IT) stage1 $(ARGS)
+	@$(RUN_IT) stage1 $(ARGS) $(SPREAD)
 
 distill-stage2: $(VENV)/.installed ## off-policy distribution matching
-	@$(RUN_IT) stage2 $(ARGS)
+	@$(RUN_IT) stage2 $(ARGS) $(SPREAD)
 
 distill-stage3: $(VENV)/.installed ## self-forcing on the student's own long rollouts
-	@$(RUN_IT) stage3 $(ARGS)
+	@$(RUN_IT) stage3 $(ARGS) $(SPREAD)
 
 distill-stage4: $(VENV)/.installed ## the one-step refiner
-	@$(RUN_IT) stage4 $(ARGS)
+	@$(RUN_IT) stage4 $(ARGS) $(SPREAD)
 
 export: $(VENV)/.installed ## gather the Online LPM folder
 	@$(RUN_IT) export $(ARGS)
+
+consolidate: $(VENV)/.installed ## write the checkpoint PARENT= (or the run's newest) as one plain safetensors set
+	@$(RUN_IT) consolidate $(ARGS)
 
 evaluate: $(VENV)/.installed ## measure teacher and student on held-out characters and speech
 	@$(RUN_IT) evaluate $(ARGS)

@@ -7,14 +7,17 @@ anything else keeps its traceback. A command is one line in COMMANDS; torch is i
 import argparse
 import errno
 import importlib
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from distill import launch
 from distill.config import SCALES, read
 from distill.errors import ExitCode, UserError
+from distill.launch import SPREAD
 from distill.options import Options, run_name
 
 
@@ -37,21 +40,30 @@ COMMANDS = {
         several=True,
     ),
     "data": Command("prepare the data set: speech, characters, latents", "distill.pipeline:data"),
-    "teacher": Command("train the teacher from nothing by flow matching", "distill.pipeline:train_stage", ("teacher",)),
+    "teacher": Command(
+        "train the teacher from nothing by flow matching", "distill.pipeline:train_stage", ("teacher",), SPREAD
+    ),
     "keep": Command("put the teacher of a run where the repository keeps one", "distill.pipeline:keep"),
     "trajectories": Command("store the teacher's sampling trajectories for stage 1", "distill.pipeline:trajectories"),
     "stage1": Command(
-        "causal initialization by ODE regression on the trajectories", "distill.pipeline:train_stage", ("stage1",)
+        "causal initialization by ODE regression on the trajectories",
+        "distill.pipeline:train_stage",
+        ("stage1",),
+        SPREAD,
     ),
     "stage2": Command(
-        "off-policy distribution matching on re-noised teacher latents", "distill.pipeline:train_stage", ("stage2",)
+        "off-policy distribution matching on re-noised teacher latents",
+        "distill.pipeline:train_stage",
+        ("stage2",),
+        SPREAD,
     ),
     "stage3": Command(
         "self-forcing: distribution matching on the student's own long rollouts",
         "distill.pipeline:train_stage",
         ("stage3",),
+        SPREAD,
     ),
-    "stage4": Command("train the one-step refiner", "distill.pipeline:train_stage", ("stage4",)),
+    "stage4": Command("train the one-step refiner", "distill.pipeline:train_stage", ("stage4",), SPREAD),
     "distill": Command("trajectories and stages 1 to 4", "distill.pipeline:distill", several=True),
     "export": Command(
         "gather backbone, refiner and codec into one Online LPM folder", "distill.pipeline:export", several=True
@@ -109,6 +121,10 @@ COMMANDS = {
         own=(("a", "a checkpoint, a stage folder or an export"), ("b", "another one")),
         quiet=True,
     ),
+    "consolidate": Command(
+        "write a checkpoint as one safetensors set, in files of 5 GB with an index where it is larger",
+        "distill.consolidate:consolidate",
+    ),
     "doctor": Command("check this machine", "distill.doctor:examine", quiet=True),
 }
 
@@ -116,10 +132,20 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     parsed = _parse(arguments)
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":  # one of several processes: rank 0 speaks for all
+        sys.stdout = open(os.devnull, "w")
     try:
-        return _run(COMMANDS[parsed.command], parsed.command, _options(parsed))
+        options = _options(parsed)
+        if launch.wanted(options.own):
+            if COMMANDS[parsed.command].arguments:
+                options.load(*COMMANDS[parsed.command].arguments)  # a mistake in it is told once, not by every process
+            given = sys.argv[1:] if arguments is None else arguments
+            return launch.launch(options.own, ["-m", "distill", *given])
+        return _run(COMMANDS[parsed.command], parsed.command, options)
     except UserError as error:
-        print(error.message, file=sys.stderr)
+        if rank == "0" or error.code not in (ExitCode.STOPPED, ExitCode.NUMERICS):  # those all processes agree on
+            print(error.message if rank == "0" else f"process {rank}: {error.message}", file=sys.stderr)
         return int(error.code)
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)

@@ -9,21 +9,23 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from distill import export as exporting
+from distill import launch
 from distill.config import Recipe
 from distill.data import dataset
 from distill.data.prepare import prepare
 from distill.embedder import ensure_embedder
-from distill.engine import Engine
+from distill.engine import make_engine
+from distill.engine.process import together
 from distill.errors import UserError
 from distill.evaluate import Bench, Row, data_row, measure_all, student_row, teacher_rows
 from distill.options import Options
 from distill.report import assemble
 from distill.roles import build_roles, find_teacher, kept_teacher, network
-from distill.runs import open_stage, read_status, run_folder, write_json
+from distill.runs import read_status, run_folder, write_json
 from distill.samples import SampleHook
 from distill.state import checkpoint, lineage
 from distill.state.lineage import Manifest
@@ -50,24 +52,27 @@ def train_stage(options: Options, stage: str) -> None:
     """Train one stage, from its parent's checkpoint."""
     recipe = options.load(stage)
     folder = run_folder(options.run)
-    _need_data(recipe)
+    engine = make_engine(recipe.train.precision, launch.check(options.own))
+    with engine.main_first():  # the others find the data made
+        _need_data(recipe)
     teacher = None if stage == "teacher" else find_teacher(recipe, folder)
     parent = _parent(recipe, folder, teacher, options.parent)
     source = dataset.load(Path(recipe.data.path), "train")
     trajectories = None
     if recipe.rollout is not None and recipe.rollout.kind in NEEDS_TRAJECTORIES:
-        if not (folder / "trajectories" / checkpoint.MANIFEST).is_file():
-            make(options, folder)
+        with engine.main_first():
+            if not (folder / "trajectories" / checkpoint.MANIFEST).is_file():
+                make(options, folder)
         trajectories = Trajectories(folder / "trajectories", source, recipe.student.steps)
-    with open_stage(options.run, recipe, options.path(stage), parent.hash if parent else None) as run:
+    with together(engine, options.run, recipe, options.path(stage), parent.hash if parent else None) as run:
         if run.done:
             print(f"{run.folder} is done; next: {_next(stage)}.")
             return
-        with _timed(options, stage):
-            roles = build_roles(recipe, teacher, parent, Path(recipe.data.path))
+        with _timed(options, stage) if engine.is_main else nullcontext():
+            roles = build_roles(recipe, teacher, parent, Path(recipe.data.path), engine.empty)
             roles.trajectories = trajectories
-            trainer = Trainer(recipe, run, roles, trajectories or source, Engine(recipe.train.precision), parent)
-            final = trainer.fit(SampleHook(Path(recipe.data.path), run.samples))
+            trainer = Trainer(recipe, run, roles, trajectories or source, engine, parent)
+            final = trainer.fit(SampleHook(Path(recipe.data.path), run.samples if engine.is_main else None))
     print(f"Wrote {final}; next: {_next(stage)}.")
 
 

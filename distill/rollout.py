@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distill.contracts import Roles, Roll
 from distill.data.batch import Batch
+from teacher.draws import draw_rows
 from teacher.flow import add_noise, x0_from_v
 
 
@@ -83,14 +84,16 @@ def _step_per_chunk(states: Tensor, roles: Roles) -> tuple[Tensor, Tensor]:
     """One step number per chunk, spread over its frames: (number [B, T], time [B, T] float64)."""
     size, steps = roles.stream.chunk_frames, torch.tensor(roles.stream.steps, dtype=torch.float64)
     chunks = states.shape[2] // size
-    choice = torch.randint(len(steps), (len(states), chunks), generator=roles.generator("rollout/steps"))
+    rows = roles.rows("rollout/steps")
+    choice = draw_rows(lambda n: torch.randint(len(steps), (n, chunks), generator=rows), len(states), rows)
     choice = repeat(choice, "b i -> b (i k)", k=size)
     return choice, steps[choice].to(states.device)
 
 
 def teacher_forced(batch: Batch, roles: Roles, xt: Tensor, t: Tensor, x0: Tensor) -> Roll:
     """The student's x0 at states xt, times t [B] or [B, T], every chunk under the past that clean x0 gives it."""
-    noisy = torch.rand(len(x0), generator=roles.generator("rollout/history level")) < 0.5
+    rows = roles.rows("rollout/history level")
+    noisy = draw_rows(lambda n: torch.rand(n, generator=rows), len(x0), rows) < 0.5
     t_hist = (noisy.double() * roles.stream.history_noise).to(x0.device)
     hist = add_noise(x0, roles.noise(x0, "rollout/history"), t_hist)
     student = roles.causal("student")

@@ -27,6 +27,7 @@ from torch import Tensor
 from distill.contracts import Roles, Roll, Term
 from distill.data.batch import Batch
 from distill.rollout import teacher_forced
+from teacher.draws import draw_rows
 from teacher.flow import add_noise, per_frame, schedule, velocity
 from teacher.guidance import Guidance, guided_velocity
 
@@ -68,7 +69,8 @@ def roll_consistency(batch: Batch, roles: Roles, cfg: RollConfig) -> Roll:
     x0 = batch.latents
     assert x0 is not None
     times = grid(cfg, roles.stream.steps)
-    n = torch.randint(1, len(times), (len(x0),), generator=roles.generator("consistency/time"))
+    rows = roles.rows("consistency/time")
+    n = draw_rows(lambda count: torch.randint(1, len(times), (count,), generator=rows), len(x0), rows)
     t, s = times[n].to(x0.device), times[n - 1].to(x0.device)
     eps = roles.noise(x0, "consistency/noise")
     xt = add_noise(x0, eps, t)

@@ -44,7 +44,7 @@ def term(roll: Roll, roles: Roles, cfg: Config) -> Term:
 
 def dmd_gradient(x0: Tensor, roll: Roll, roles: Roles, cfg: Config) -> Tensor:
     """g [B, T, C, H, W] at one random time per clip."""
-    t = sample_time((len(x0),), cfg.shift, roles.generator("dmd/time"), cfg.low, cfg.high).to(x0.device)
+    t = sample_time((len(x0),), cfg.shift, roles.rows("dmd/time"), cfg.low, cfg.high).to(x0.device)
     xt = add_noise(x0, roles.noise(x0, "dmd/noise"), t)
     teacher, critic = roles.dit("teacher"), roles.dit("critic")
     real = x0_from_v(xt, guided_velocity(teacher, xt, t, roll.cond, cfg.cfg), t)

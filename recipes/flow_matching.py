@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from distill.contracts import Roles, Roll, Term
+from teacher.draws import draw_rows
 from teacher.flow import add_noise, sample_time, velocity
 
 
@@ -36,9 +37,10 @@ def term(roll: Roll, roles: Roles, cfg: Config) -> Term:
     """Flow-matching loss of `cfg.role` on roll.x0."""
     x0 = roll.x0.detach()
     name = f"flow_matching/{cfg.role}"
-    t = sample_time((len(x0),), cfg.shift, roles.generator(f"{name}/time"), cfg.low, cfg.high).to(x0.device)
+    t = sample_time((len(x0),), cfg.shift, roles.rows(f"{name}/time"), cfg.low, cfg.high).to(x0.device)
     eps = roles.noise(x0, f"{name}/noise")
-    u = torch.rand(3, len(x0), generator=roles.generator(f"{name}/drop")).to(x0.device)
+    rows = roles.rows(f"{name}/drop")
+    u = draw_rows(lambda n: torch.rand(3, n, generator=rows), len(x0), rows, dim=1).to(x0.device)
     both = u[1] < cfg.drop_both
     cond = roll.cond.drop(
         text=both | (u[0] < cfg.drop_text),

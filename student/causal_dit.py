@@ -58,7 +58,7 @@ class CausalDiT(nn.Module):
 
     def velocity(self, xt: Tensor, t: Tensor, cond: Conditions, cache: KVCache) -> Tensor:
         """v of one chunk, xt [B, K, C, H, W], t [B]; `cond` covers this chunk's frames."""
-        return self.dit.run(xt, t, cond, cache.positions(), cache.context())[0]
+        return self.dit.run(xt, t, cond, cache.positions(), cache.context(), keep=False)[0]
 
     def remember(self, x: Tensor, t: Tensor, cond: Conditions, cache: KVCache) -> KVCache:
         """The cache after the finished chunk `x` (clean, or noised to t [B])."""
@@ -90,9 +90,9 @@ class CausalDiT(nn.Module):
             refs[0][0].k.shape[1],
         )
         if hist is None:
-            return self.dit.run(xt, t, cond, positions, refs, causal_mask(*sizes).to(xt.device))[0]
+            return self.dit.run(xt, t, cond, positions, refs, causal_mask(*sizes), keep=False)[0]
         if t_hist is None:
             raise ValueError("A given history needs its noise level t_hist.")
-        layers = self.dit.run(hist, t_hist, cond, positions, refs, causal_mask(*sizes).to(xt.device))[1]
+        layers = self.dit.run(hist, t_hist, cond, positions, refs, causal_mask(*sizes))[1]
         context = [[*ref, KV(k, v, positions)] for ref, (k, v) in zip(refs, layers, strict=True)]
-        return self.dit.run(xt, t, cond, positions, context, teacher_forcing_mask(*sizes).to(xt.device))[0]
+        return self.dit.run(xt, t, cond, positions, context, teacher_forcing_mask(*sizes), keep=False)[0]

@@ -17,17 +17,12 @@ from student.causal_dit import CausalDiT
 from student.fast import FastDiT
 from student.kv_cache import KVCache
 from teacher.conditions import Conditions
+from teacher.draws import gaussian
 from teacher.flow import add_noise, x0_from_v
 
 Network = CausalDiT | FastDiT
 PARTS = ("draft", "refine")
 Noise = Callable[[int, str], torch.Generator]  # (number of the chunk, its part) -> where its noise comes from
-
-
-def gaussian(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Fresh noise of the shape of `like`, drawn on the generator's device so that seeds mean the same everywhere."""
-    noise = torch.randn(like.shape, generator=generator, device=generator.device)
-    return noise.to(like.device, like.dtype)
 
 
 def denoise_chunk(

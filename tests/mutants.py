@@ -44,10 +44,11 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("teacher/attention.py", "teacher cache"): [
         ("angles[-x.shape[1] :]", "angles[: x.shape[1]]", "queries at the places of the context"),
         (
-            "return padding if mask is None else padding & mask",
-            "return mask if mask is not None else None",
+            "    if all(kv.mask is None for kv in context):",
+            "    if True:",
             "absent references are seen",
         ),
+        ("spans[-1].stop == start:", "spans[-1].stop <= start:", "hidden blocks between two visible ones are seen"),
         (
             "keys = torch.cat([*(kv.k.to(k.dtype) for kv in context), k], 1)",
             "keys = torch.cat([*(kv.k.to(k.dtype).detach() for kv in context), k], 1)",
@@ -82,15 +83,14 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("column >= row - window", "column > row - window", "window one chunk short"),
         ("(column < row)", "(column <= row + 1)", "the next chunk is seen"),
         ("(column < sink)", "(column <= sink)", "sink one chunk too long"),
-        ("torch.ones(len(mask), refs,", "torch.zeros(len(mask), refs,", "references are not seen"),
         (
-            "_per_token(torch.cat([past, torch.eye(chunks, dtype=torch.bool)], 1)",
-            "_per_token(torch.cat([past, torch.eye(chunks, dtype=torch.bool) | past], 1)",
+            "Blocks(torch.cat([past, torch.eye(chunks, dtype=torch.bool)], 1)",
+            "Blocks(torch.cat([past, torch.eye(chunks, dtype=torch.bool) | past], 1)",
             "the noisy past is seen beside the given history",
         ),
         (
-            "_per_token(torch.cat([past, torch.eye",
-            "_per_token(torch.cat([past | torch.eye(chunks, dtype=torch.bool), torch.eye",
+            "Blocks(torch.cat([past, torch.eye",
+            "Blocks(torch.cat([past | torch.eye(chunks, dtype=torch.bool), torch.eye",
             "a chunk sees its own clean end",
         ),
     ],
@@ -237,6 +237,34 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
             "nothing is shared between ranks",
         ),
         ("return keyed_generator(*key, tag)", "return keyed_generator(key[0], tag)", "the same noise at every step"),
+    ],
+    ("teacher/draws.py", "engine"): [
+        ("rank * count, count)", "0, count)", "every process draws the first process's rows"),
+    ],
+    ("recipes/self_forcing.py", "engine"): [
+        ("torch.arange(rows) + rank * rows if", "torch.arange(rows) if", "neighbors of the first process's clips"),
+    ],
+    ("distill/engine/config.py", "engine"): [
+        ("if key in OURS:", "if False:", "DeepSpeed's file contradicts the recipe"),
+    ],
+    ("distill/launch.py", "engine"): [
+        ('if several and config.kind == "plain":', "if False:", "several processes that train the same alone"),
+    ],
+    ("distill/state/shards.py", "engine"): [
+        ("if len(files) != expected:", "if False:", "a checkpoint with a shard missing"),
+        ("if end != prod(shape):", "if False:", "a tensor with elements missing"),
+        ("- first * row : stop - first * row]", "- first : stop - first]", "elements counted as rows"),
+    ],
+    ("distill/engine/replicated.py", "spread"): [
+        ("flat /= dist.get_world_size()", "pass", "gradients summed over processes, not averaged"),
+        ("stacked / self.processes", "stacked", "curves summed over processes"),
+    ],
+    ("distill/engine/fsdp.py", "spread"): [
+        ("                module.reshard()", "                pass", "gathered weights outlive their masters"),
+    ],
+    ("distill/engine/zero.py", "spread"): [
+        ("boundary(last)", "boundary(True)", "only the last micro-step counts"),
+        ("optimizer.update_lp_params()", "pass", "masters that change reach no weights"),
     ],
     ("teacher/naming.py", "weights"): [
         ('"d c p q -> d (p q c)"', '"d c p q -> d (q p c)"', "rows and columns of a patch swapped"),
