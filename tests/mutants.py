@@ -177,8 +177,8 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ('for first, text in facts["texts"]]', 'for first, text in facts["texts"][:1]]', "a text to come is lost"),
     ],
     ("student/fast.py", "session"): [
-        ("self._chunk[1] is not cache", "False", "the context of another chunk"),
-        ("self._read[0] is not cond.text", "False", "the text before"),
+        ("known[1] is not cache", "False", "the context of another chunk"),
+        ("known[0] is not cond.text or known[1] is not cond.text_mask", "False", "the text before"),
         ("key = float(t[0])", "key = 0.0", "the time of another step"),
         ("bool(kv.mask.all())", "True", "absent references are seen"),
     ],
