@@ -115,7 +115,7 @@ def export(options: Options) -> None:
     backbone = lineage.find_parent(folder, "stage3", recipe.scale)
     lineage.require(backbone, hash=(refiner.data.get("parent") or {}).get("manifest_sha256"))
     target = folder / "online-lpm"
-    if (target / checkpoint.MANIFEST).is_file():
+    if (target / checkpoint.MANIFEST).is_file() and (target / "demo.json").is_file():
         if (lineage.read(target).data.get("parent") or {}).get("manifest_sha256") == refiner.hash:
             print(f"{target} is done; next: make evaluate.")
             return

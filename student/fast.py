@@ -45,6 +45,7 @@ class FastDiT:
     def __init__(self, model: CausalDiT):
         self.model, self.dit = model, model.dit
         self.blocks = [block for block in model.dit.blocks if isinstance(block, Block)]
+        self._head = model.dit.config.dim // model.dit.config.heads
         self._times: dict[float, tuple[Tensor, Table]] = {}
         self._read: tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]] | None = None
         self._chunk: tuple[Conditions, KVCache, list[Layer] | None, Tensor] | None = None
@@ -125,27 +126,29 @@ class FastDiT:
 
     def _prepared(self, cond: Conditions, cache: KVCache) -> tuple[Iterable[Layer], Tensor]:
         """The layers of a chunk, kept until another comes; and how its own tokens are turned."""
-        if self._chunk is None or self._chunk[0] is not cond or self._chunk[1] is not cache:
-            head = self.dit.config.dim // self.dit.config.heads
-            turn = _turn(cache.positions(), head, self.dit.patch_embedding.weight.dtype)
+        known = self._chunk  # read and written whole: a draft that was thrown away may still run in another thread
+        if known is None or known[0] is not cond or known[1] is not cache:
+            turn = _turn(cache.positions(), self._head, self.dit.patch_embedding.weight.dtype)
             size = sum(kv.k.numel() * kv.k.element_size() for kv in cache.context()[0]) * 2 * self.dit.config.depth
-            self._chunk = (cond, cache, list(self._layers(cond, cache)) if size <= KEPT_BYTES else None, turn)
-        _, _, layers, turn = self._chunk
+            known = (cond, cache, list(self._layers(cond, cache)) if size <= KEPT_BYTES else None, turn)
+            self._chunk = known
+        layers, turn = known[2:]
         return (layers if layers is not None else self._layers(cond, cache)), turn
 
     def _layers(self, cond: Conditions, cache: KVCache) -> Iterator[Layer]:
         context = cache.context()
         places, dtype = torch.cat([kv.positions for kv in context[0]]), self.dit.patch_embedding.weight.dtype
-        turn = _turn(places, self.dit.config.dim // self.dit.config.heads, dtype)
+        turn = _turn(places, self._head, dtype)
         heads, told = self.dit.config.heads, self.dit._told(cond)
-        if self._read is None or self._read[0] is not cond.text or self._read[1] is not cond.text_mask:
-            read = [block.cross_attn.read(told[0][0]) for block in self.blocks]
-            self._read = (cond.text, cond.text_mask, read)
+        known = self._read
+        if known is None or known[0] is not cond.text or known[1] is not cond.text_mask:
+            known = (cond.text, cond.text_mask, [block.cross_attn.read(told[0][0]) for block in self.blocks])
+            self._read = known
         for index, (block, seen) in enumerate(zip(self.blocks, context, strict=True)):
             k = torch.cat([kv.k for kv in seen], 1).unflatten(-1, (heads, -1))
             v = torch.cat([kv.v for kv in seen], 1).unflatten(-1, (heads, -1))
             heard = block.cross_attn.hear(*told[index % 2][1:])
-            yield Layer(_turned(k, turn), v, _mask(seen, cache), self._read[2][index], heard)
+            yield Layer(_turned(k, turn), v, _mask(seen, cache), known[2][index], heard)
 
 
 def _mask(seen: list[KV], cache: KVCache) -> Tensor | None:

@@ -101,7 +101,8 @@ def state_of(samples: Tensor) -> str:
 
 
 def paired(speak: Any, listen: Any) -> Tensor:
-    """One or both waves [S], float at 16 kHz, tensor or array -> samples [2, S]; a missing one (None) is silence.
+    """One or both waves [S], float at 16 kHz, tensor or array -> samples [2, S], clipped to [-1, 1]; a missing one
+    (None) is silence.
 
     ValueError when a wave is not that, or the two differ in length.
     """
@@ -120,4 +121,5 @@ def paired(speak: Any, listen: Any) -> Tensor:
     if len(set(lengths)) > 1:
         raise ValueError(f"speak and listen must have one length, they have {lengths[0]} and {lengths[1]} samples.")
     silence = torch.zeros(lengths[0])
-    return torch.stack([waves.get(name, silence).detach().float().cpu() for name in ("speak", "listen")])
+    pair = torch.stack([waves.get(name, silence).detach().cpu().float() for name in ("speak", "listen")])
+    return pair.clamp(-1, 1)  # louder is no sound, and its power would overflow

@@ -141,11 +141,15 @@ class Session:
             return None
         samples = self.waiting.look(0, self.heard.missing(self._size))
         known = self._drafts.get(self.index)
-        draft = self._draft(self.index, self.heard, samples, self.draft_cache) if known is None else known.result()
+        if known is None:
+            draft = self._draft(self.index, self._text(self.index), self.heard, samples, self.draft_cache)
+        else:
+            draft = known.result()
         if self.look_ahead and ready > 1 and self.index + 1 not in self._drafts:
             start = samples.shape[1]
             following = self.waiting.look(start, start + draft.heard.missing(self._size))
-            self._drafts[self.index + 1] = self._submit(self.index + 1, draft.heard, following, draft.cache)
+            text = self._text(self.index + 1)
+            self._drafts[self.index + 1] = self._submit(self.index + 1, text, draft.heard, following, draft.cache)
         began = time.perf_counter()
         generator = keyed_generator(self.seed, self.index, "refine")
         x0, final_cache = refine_chunk(self._refiner, draft.told, self.final_cache, draft.x0, generator)
@@ -173,11 +177,11 @@ class Session:
         return self._worker.submit(self._draft, *order)
 
     @torch.no_grad()
-    def _draft(self, index: int, heard: Heard, samples: Tensor, cache: KVCache) -> Draft:
-        """The backbone's part of chunk `index`; changes nothing here."""
+    def _draft(self, index: int, text: str, heard: Heard, samples: Tensor, cache: KVCache) -> Draft:
+        """The backbone's part of chunk `index`; nothing of the session is read that could change meanwhile."""
         began = time.perf_counter()
         features, heard = heard.listen(samples, self._size)
-        told = self._told(features, self._text(index))
+        told = self._told(features, text)
         x0, cache = draft_chunk(self._backbone, told, cache, keyed_generator(self.seed, index, "draft"))
         return Draft(told, x0, cache, heard, time.perf_counter() - began)
 

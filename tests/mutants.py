@@ -146,15 +146,54 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("and (exit_step is None or index == exit_step)", "", "every step carries gradient"),
         ("if noise else x0", "if noise > 1 else x0", "history never noised"),
         (
-            "final_cache = remember_chunk(refiner, x0,",
-            "final_cache = remember_chunk(refiner, draft,",
+            "return x0, remember_chunk(refiner, x0,",
+            "return x0, remember_chunk(refiner, draft,",
             "refiner remembers the draft",
         ),
         (
-            "draft_cache = remember_chunk(backbone, draft, told, draft_cache, config.history_noise, generator)",
-            "draft_cache = remember_chunk(backbone, draft, told, draft_cache, 0.0, generator)",
+            "remember_chunk(backbone, draft, told, cache, config.history_noise, generator)",
+            "remember_chunk(backbone, draft, told, cache, 0.0, generator)",
             "backbone streams under clean history",
         ),
+    ],
+    ("student/hearing.py", "session"): [
+        ("% len(ENDS) + len(ENDS)  #", "% len(ENDS)  #", "features of the past are taken for new ones"),
+        (
+            "features[:, -AUDIO_PER_LATENT * PAST :].clone()",
+            "features[:, -AUDIO_PER_LATENT * PAST :]",
+            "a view is kept",
+        ),
+    ],
+    ("student/session.py", "session"): [
+        ('keyed_generator(self.seed, index, "draft")', 'keyed_generator(self.seed, 0, "draft")', "noise of chunk 0"),
+        ("        self._drafts = {}\n", "", "a chunk made ahead is shown after the interruption"),
+        ("max(self._drafts, default=self.index - 1) + 1", "self.index", "a text for a chunk that is made already"),
+        ("= draft.cache, final_cache, draft.heard", "= draft.cache, final_cache, self.heard", "the session stays deaf"),
+        ("        self._drafts.pop(self.index, None)\n", "", "drafts pile up"),
+        ("self.texts = [(self.index, self.texts[-1][1])]", "pass", "an interruption keeps the old text"),
+    ],
+    ("student/session_file.py", "session"): [
+        ('facts["frames"])', "0)", "audio is resumed at another phase"),
+        ('for first, text in facts["texts"]]', 'for first, text in facts["texts"][:1]]', "a text to come is lost"),
+    ],
+    ("student/fast.py", "session"): [
+        ("known[1] is not cache", "False", "the context of another chunk"),
+        ("known[0] is not cond.text or known[1] is not cond.text_mask", "False", "the text before"),
+        ("key = float(t[0])", "key = 0.0", "the time of another step"),
+        ("bool(kv.mask.all())", "True", "absent references are seen"),
+    ],
+    ("student/online.py", "online"): [
+        ("if found != FORMAT:", "if found is None:", "a folder of another format is read"),
+    ],
+    ("evaluation/sound.py", "streaming"): [
+        (".mean(0)", "[0]", "the second channel is not heard"),
+    ],
+    ("evaluation/film.py", "streaming"): [
+        ("temporary.unlink(missing_ok=True)", "pass", "half a film is left"),
+        ("SAMPLE_RATE, self.num_samples", "SAMPLE_RATE, 0", "all sound at the start"),
+    ],
+    ("evaluation/latency.py", "streaming"): [
+        ("given[1].shape[0] * given[1].shape[1]", "1", "frames that pass are not counted"),
     ],
     ("recipes/dmd.py", "recipes"): [
         ("return (fake - real)", "return (real - fake)", "sign of the DMD gradient"),

@@ -285,7 +285,7 @@ def storage_of(thing: object, found: dict[int, int]) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("look_ahead", [0, 1])
-def test_a_session_holds_no_byte_more_after_many_chunks_than_after_a_few(look_ahead: int) -> None:
+def test_a_session_holds_no_more_after_many_chunks_than_after_a_few(look_ahead: int) -> None:
     session = small_model(chunk=1).stream(images(), look_ahead=look_ahead)
     session.push(speak=tone(border(1)))
     sizes, texts = [], []
@@ -296,7 +296,8 @@ def test_a_session_holds_no_byte_more_after_many_chunks_than_after_a_few(look_ah
             session.next_chunk()
         sizes.append(sum(storage_of(session, {}).values()))
         texts.append(len(session.texts))
-    assert session.index == 48 and len(set(sizes[5:])) == 1 and sizes[-1] > 10_000
+    # Which of two texts the networks hold when it is counted is a matter of moments; a chunk leaves 2 KB in each cache.
+    assert session.index == 48 and max(sizes[5:]) - min(sizes[5:]) < 8_000 and sizes[-1] > 10_000
     assert max(texts) <= 2
 
 
