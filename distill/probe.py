@@ -174,14 +174,14 @@ def blocks_of(net: Shadow, call: Call) -> list[float]:
     return [pair[index % 2] for index in range(net.config.depth)]
 
 
-class _Paths:
+class Paths:
     """Stands in for stored trajectories."""
 
     def __init__(self, steps: int, latents: Tensor):
         self.steps, self.latents = steps, latents
 
     def states(self, index: Tensor) -> Tensor:
-        return torch.randn(len(index), self.steps + 1, *self.latents.shape[1:])
+        return torch.randn(len(index), self.steps + 1, *self.latents.shape[1:]).to(self.latents.device)
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ def _update(recipe: Recipe, clip: Clip, roles: Roles, phase: Phase, meter: Meter
         roles = replace(roles, key=(*roles.key[:3], micro, roles.key[4]))
         batch = batch_like(recipe.model, clip, recipe.train.batch_size)
         assert batch.latents is not None
-        roles.trajectories = _Paths(len(recipe.student.steps), batch.latents)
+        roles.trajectories = Paths(len(recipe.student.steps), batch.latents)
         with torch.set_grad_enabled(phase.update != "critic"):
             roll = rollout_function(spec.kind)(batch, roles, spec.config)
         total = torch.zeros(())
