@@ -10,6 +10,10 @@ SET    ?=
 RUN    ?=
 QUICK  ?=
 SMOKE  ?=
+SCALE  ?=
+GPUS   ?=
+GPU_MEM ?=
+WEIGHTS ?=
 ACCELERATE ?=
 PROCESSES  ?=
 NODES      ?=
@@ -22,7 +26,7 @@ TORCH  ?= $(if $(HAS_GPU),torch>=2.9,torch==2.13.0)
 
 PYTHON = $(VENV)/bin/python
 PIP    = $(PYTHON) -m pip --disable-pip-version-check --quiet
-ARGS   = $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(PARENT),--parent '$(PARENT)') $(if $(RUN),--run '$(RUN)') \
+ARGS   = $(if $(SCALE),--scale '$(SCALE)') $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(PARENT),--parent '$(PARENT)') $(if $(RUN),--run '$(RUN)') \
          $(if $(SET),--set '$(SET)') $(if $(filter-out 0,$(QUICK)),--quick) $(if $(filter-out 0,$(SMOKE)),--smoke)
 # how the training commands are spread over processes and machines
 SPREAD = $(if $(ACCELERATE),--accelerate '$(ACCELERATE)') $(if $(PROCESSES),--processes '$(PROCESSES)') \
@@ -32,7 +36,7 @@ RUN_IT = $(PYTHON) -m distill
 .DEFAULT_GOAL := help
 .PHONY: help online-lpm data teacher keep-teacher trajectories distill distill-stage1 distill-stage2 distill-stage3 distill-stage4 \
         export evaluate report stream serve latency doctor lineage recipes validate runs diff test mutants objectives \
-        lint types gpu ci smoke clean clean-venv consolidate
+        lint types gpu ci smoke clean clean-venv consolidate import-wan plan gpu-check
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -112,6 +116,16 @@ runs: $(VENV)/.installed ## list the runs with their stages and scores
 
 diff: $(VENV)/.installed ## what differs between two checkpoints: A=runs/a/stage2 B=runs/b/stage2
 	@$(RUN_IT) diff --a '$(A)' --b '$(B)'
+
+plan: $(VENV)/.installed ## what RECIPE= costs: memory, time, whether it fits GPUS=8 of GPU_MEM=80 GB (JSON=1: for machines)
+	@$(RUN_IT) plan $(ARGS) $(if $(GPUS),--gpus '$(GPUS)') $(if $(GPU_MEM),--gpu-mem '$(GPU_MEM)') \
+	  $(if $(ACCELERATE),--accelerate '$(ACCELERATE)') $(if $(filter-out 0,$(JSON)),--json)
+
+import-wan: $(VENV)/.installed ## take Wan2.1's weights in WEIGHTS= as the teacher of a run: SCALE=1.3b or 17b
+	@$(RUN_IT) import-wan $(ARGS) --weights '$(WEIGHTS)'
+
+gpu-check: ## what this machine's GPU does: tests, attention, training steps, in one table (needs torch alone, no network)
+	@$(if $(wildcard $(PYTHON)),$(PYTHON),$(PY)) -m distill gpu-check
 
 # ---- developing -----------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from distill.errors import ExitCode, UserError
 from distill.state import checkpoint, lineage
 from distill.state.lineage import Manifest
+from distill.state.shards import Part
 from teacher.adapted import PREFIX, AdaptedDiT, merge
 from teacher.dit import DiT, config_from
 from teacher.lora import LoRAConfig
@@ -39,6 +40,12 @@ Source = tuple[Manifest, str]  # a checkpoint and one of its parts
 def tensors_of(source: Source) -> dict[str, Tensor]:
     """One part of a checkpoint as it is stored, by the names of a DiT."""
     return {name.removeprefix("dit."): t for name, t in checkpoint.load(source[0].path, source[1]).items()}
+
+
+def holds_adapters(source: Source) -> bool:
+    """Whether a part of a checkpoint is adapters alone; reads no tensor."""
+    folder = source[0].path / source[1]
+    return folder.is_dir() and any(PREFIX in name for name in Part(folder).names)
 
 
 def are_adapters(tensors: dict[str, Tensor]) -> bool:
@@ -75,7 +82,7 @@ def base_of(source: Source) -> Source:
             part = "ema"
         elif not (manifest.path / part).is_dir():
             continue  # critics begin in the middle of the line, with the teacher's weights
-        if not are_adapters(tensors_of((manifest, part))):
+        if not holds_adapters((manifest, part)):
             return manifest, part
 
 

@@ -125,6 +125,28 @@ COMMANDS = {
         "write a checkpoint as one safetensors set, in files of 5 GB with an index where it is larger",
         "distill.consolidate:consolidate",
     ),
+    "import-wan": Command(
+        "take Wan2.1's weights as the teacher of a run",
+        "distill.import_wan:import_wan",
+        own=(("weights", "a safetensors file, an index, or a folder with them"),),
+        quiet=True,
+    ),
+    "plan": Command(
+        "what a recipe costs on so many GPUs, whether it fits, and the cheapest change that makes it fit",
+        "distill.plan:command",
+        own=(
+            ("gpus", "how many (default: 8)"),
+            ("gpu-mem", "memory of each in GB (default: 80)"),
+            ("accelerate", "how training is spread: a file of recipes/accelerate/ (default: ddp)"),
+            ("json", "1 for JSON, for machines"),
+        ),
+        quiet=True,
+    ),
+    "gpu-check": Command(
+        "tests, attention back ends and training steps on this machine's GPU, as one table; without one it says so",
+        "distill.gpu_check:check",
+        quiet=True,
+    ),
     "doctor": Command("check this machine", "distill.doctor:examine", quiet=True),
 }
 
@@ -178,19 +200,21 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.text, description=command.text)
         sub.add_argument("--recipe", type=Path, help="recipe YAML (default: the one of the stage)")
+        sub.add_argument("--scale", choices=SCALES, help="whose default recipes to take (default: tiny)")
         sub.add_argument("--run", help="name of the run folder under runs/ (default: the scale)")
         sub.add_argument("--parent", help="checkpoint to start from (default: found in the run)")
         sub.add_argument("--set", default="", help="overrides, 'a.b=1 c=2'")
         sub.add_argument("--quick", action="store_true", help="fewer steps, marked as such in the report")
         sub.add_argument("--smoke", action="store_true", help="a few steps of everything: does it run")
         for option, text in command.own:
-            sub.add_argument(f"--{option}", default="", help=text)
+            # An option without a value is a yes: --json.
+            sub.add_argument(f"--{option}", default="", const="1", nargs="?", help=text)
     return parser.parse_args(arguments)
 
 
 def _options(given: argparse.Namespace) -> Options:
     command = COMMANDS[given.command]
-    scale = "tiny"
+    scale = given.scale or "tiny"
     if given.recipe is not None:
         scale = str(read(given.recipe).data.get("scale", scale))
         scale = scale if scale in SCALES else "tiny"  # the full check of the recipe will say so

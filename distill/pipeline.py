@@ -20,7 +20,7 @@ from distill.data.prepare import prepare
 from distill.embedder import ensure_embedder
 from distill.engine import make_engine
 from distill.engine.process import together
-from distill.errors import UserError
+from distill.errors import ExitCode, UserError
 from distill.evaluate import Bench, Row, data_row, measure_all, student_row, teacher_rows
 from distill.options import Options
 from distill.report import assemble
@@ -42,6 +42,7 @@ NEEDS_TRAJECTORIES = ("teacher", "renoised")  # rollout kinds
 def data(options: Options) -> None:
     """Prepare the data set of the scale's recipes."""
     recipe = options.load("trajectories") if options.recipe is None else options.load(_stage_of(options))
+    _refuse_foreign(recipe)
     with _timed(options, "data"):
         prepare(recipe.data.prepare, Path(recipe.data.path))
         ensure_embedder(Path(recipe.data.path))
@@ -224,9 +225,20 @@ def _parent(recipe: Recipe, folder: Path, teacher: Manifest | None, override: st
 def _need_data(recipe: Recipe) -> None:
     prepare_once = Path(recipe.data.path)
     if not (prepare_once / "fingerprint.json").is_file():
+        _refuse_foreign(recipe)
         print(f"{prepare_once} is missing: preparing it first.", flush=True)
         prepare(recipe.data.prepare, prepare_once)
     ensure_embedder(prepare_once)
+
+
+def _refuse_foreign(recipe: Recipe) -> None:
+    """Clips with a `data.clip` block come from a codec and a text encoder that this toolkit does not hold."""
+    if recipe.data.clip is not None:
+        raise UserError(
+            f"{recipe.data.path} holds no clips and `make data` cannot make them: such latents come from a video codec "
+            "and a text encoder outside this toolkit, docs/GPU.md says in which form they are read.",
+            ExitCode.DATA,
+        )
 
 
 def _stage_of(options: Options) -> str:

@@ -9,6 +9,7 @@ decide it in training. Latents, noise and conditions are real and small.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -174,14 +175,14 @@ def blocks_of(net: Shadow, call: Call) -> list[float]:
     return [pair[index % 2] for index in range(net.config.depth)]
 
 
-class _Paths:
+class Paths:
     """Stands in for stored trajectories."""
 
     def __init__(self, steps: int, latents: Tensor):
         self.steps, self.latents = steps, latents
 
     def states(self, index: Tensor) -> Tensor:
-        return torch.randn(len(index), self.steps + 1, *self.latents.shape[1:])
+        return torch.randn(len(index), self.steps + 1, *self.latents.shape[1:]).to(self.latents.device)
 
 
 @dataclass(frozen=True)
@@ -225,8 +226,9 @@ def simulate(
     The networks' standing state (weights, moments, averages) is the caller's to put on the meter."""
     steps = []
     roles = shadows(recipe, clip, machine, meter, states)
-    with meter.counting():
-        for draw in range(draws):
+    for draw in range(draws):
+        # Buffers are small beside the rest, and counting them is slow: once is enough.
+        with meter.counting() if draw == 0 else nullcontext():
             for index, phase in enumerate(recipe.phases):
                 steps.append(_update(recipe, clip, replace(roles, key=(0, 0, draw, 0, index)), phase, meter))
     return steps
@@ -247,23 +249,18 @@ def _update(recipe: Recipe, clip: Clip, roles: Roles, phase: Phase, meter: Meter
         shadow_of(model).gate.requires_grad_(role == phase.update)
         shadow_of(model).calls.clear()
     own = shadow_of(roles.models[phase.update])
-    calls: tuple[Call, ...] = ()
-    for micro in range(min(recipe.train.grad_accumulation, 2)):  # from the second on gradients are there
-        roles = replace(roles, key=(*roles.key[:3], micro, roles.key[4]))
-        batch = batch_like(recipe.model, clip, recipe.train.batch_size)
-        assert batch.latents is not None
-        roles.trajectories = _Paths(len(recipe.student.steps), batch.latents)
-        with torch.set_grad_enabled(phase.update != "critic"):
-            roll = rollout_function(spec.kind)(batch, roles, spec.config)
-        total = torch.zeros(())
-        for term in phase.terms:
-            total = total + term.weight * term_function(term.name)(roll, roles, term.config).value
-        if recipe.model.checkpoint_blocks:
-            own.cast = None  # the backward pass makes them again, block by block
-        total.backward()
-        own.cast = None
-        del roll, total, batch
-        if micro == 0:
-            calls = tuple(call for model in roles.models.values() for call in shadow_of(model).calls)
-    own.gradients = None
-    return Step(phase.update, calls)
+    if recipe.train.grad_accumulation > 1:  # from the second micro-step on they are there all the time
+        own.gradients = meter.hold(own.state.gradients, "gradients")
+    batch = batch_like(recipe.model, clip, recipe.train.batch_size)
+    assert batch.latents is not None
+    roles.trajectories = Paths(len(recipe.student.steps), batch.latents)
+    with torch.set_grad_enabled(phase.update != "critic"):
+        roll = rollout_function(spec.kind)(batch, roles, spec.config)
+    total = torch.zeros(())
+    for term in phase.terms:
+        total = total + term.weight * term_function(term.name)(roll, roles, term.config).value
+    if recipe.model.checkpoint_blocks:
+        own.cast = None  # the backward pass makes them again, block by block
+    total.backward()
+    own.cast = own.gradients = None
+    return Step(phase.update, tuple(call for model in roles.models.values() for call in shadow_of(model).calls))

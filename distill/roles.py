@@ -84,7 +84,7 @@ def build_roles(
 
     def make(role: str, source: Manifest, part: str, heads: nn.ModuleDict | None = None) -> DiT:
         context = empty(role in trained) if empty is not None else None
-        if context is None or adapters.are_adapters(adapters.tensors_of((source, part))):
+        if context is None or adapters.holds_adapters((source, part)):
             return network(recipe.model, source, part, heads)
         own = {f"heads.{name}": tensor for name, tensor in (heads.state_dict() if heads else {}).items()}
         origins[role] = Origin(source.path / part, own)
@@ -140,7 +140,7 @@ def _adapters(recipe: Recipe, role: str, source: adapters.Source) -> tuple[LoRAC
     frozen = role not in [phase.update for phase in recipe.phases]
     if wanted is None and not frozen:
         return None, source
-    stored = adapters.stored_config(source) if adapters.are_adapters(adapters.tensors_of(source)) else None
+    stored = adapters.stored_config(source) if adapters.holds_adapters(source) else None
     if stored is not None and (frozen or stored == wanted):
         return stored, adapters.base_of(source)
     return wanted, source
@@ -150,7 +150,7 @@ def _view(
     recipe: Recipe, base: DiT, config: LoRAConfig, source: adapters.Source, heads: nn.ModuleDict | None, fresh: bool
 ) -> AdaptedDiT:
     """A role on a base that may be shared, with its stored adapters unless they start afresh."""
-    tensors = adapters.tensors_of(source)
+    tensors = {} if fresh and not heads else adapters.tensors_of(source)
     base.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)

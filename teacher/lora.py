@@ -1,9 +1,9 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): several networks on one frozen set of base weights.
 
-A view (`teacher/adapted.py`) is a DiT to all who use it, and owns nothing but its adapters:
-y = W x + alpha / rank * B A x with W the base's weight, A random, B zero, so it starts as the base. Student, critic and
-teacher on one base are three views of the same tensors. A view says which adapters count for the length of one call, and
-again when activation checkpointing repeats a block in the backward pass, when another view may have run last.
+A view (`teacher/adapted.py`) is a DiT to all who use it and owns nothing but its adapters: it computes
+y = W x + alpha / rank * B A x, W the base's weight, A random, B zero, so it starts as the base. Student, critic and
+teacher on one base are three views of the same tensors. A view says which adapters count for the length of one call,
+and again when activation checkpointing repeats a block in the backward pass, when another view may have run last.
 
 adapters [rank, in], [out, rank] per target  ->  merged(): the plain weights W + alpha / rank * B A
 """

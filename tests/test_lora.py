@@ -256,9 +256,7 @@ def test_a_student_that_was_trained_whole_becomes_the_base_of_its_adapters(tmp_p
     base = roles.network(trainer.recipe.model, stage2, "ema")
     assert torch.equal(speed(student.base), speed(base)) and not any(p.requires_grad for p in student.base.parameters())
     plain = roles.network(trainer.recipe.model, stage3, "ema")
-    torch.testing.assert_close(
-        speed(plain), speed(averaged_student(trainer)), atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(speed(plain), speed(averaged_student(trainer)), atol=1e-5, rtol=1e-4)
     # another rank cannot go on: what was learned is merged into the base first
     trainer, _ = make(("stage=stage4", "parent=stage3", *REFINE[2:4], "lora={refiner: {rank: 1}}"), teacher, stage3)
     refiner = trainer.roles.causal("refiner").dit
