@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from einops import repeat
 from torch import Tensor
+from torch.func import functional_call
 
 from distill.contracts import Roles, Roll
 from distill.data.batch import Batch
@@ -88,11 +89,18 @@ def _step_per_chunk(states: Tensor, roles: Roles) -> tuple[Tensor, Tensor]:
     return choice, steps[choice].to(states.device)
 
 
-def teacher_forced(batch: Batch, roles: Roles, xt: Tensor, t: Tensor, x0: Tensor) -> Roll:
-    """The student's x0 at states xt, times t [B] or [B, T], every chunk under the past that clean x0 gives it."""
+def teacher_forced(
+    batch: Batch, roles: Roles, xt: Tensor, t: Tensor, x0: Tensor, weights: dict[str, Tensor] | None = None
+) -> Roll:
+    """The student's x0 at states xt, times t [B] or [B, T], every chunk under the past that clean x0 gives it; with
+    `weights` as if those were the student's."""
+    student, given = roles.causal("student"), (xt, t, batch.cond, *given_history(x0, roles))
+    v = student(*given) if weights is None else functional_call(student, weights, given)
+    return Roll(x0_from_v(xt, v, t), batch.cond, target=x0, real=batch.latents)
+
+
+def given_history(x0: Tensor, roles: Roles) -> tuple[Tensor, Tensor]:
+    """(history like x0, its level [B]): clean x0 for half of the clips, at the stream's history noise for the rest."""
     noisy = torch.rand(len(x0), generator=roles.generator("rollout/history level")) < 0.5
     t_hist = (noisy.double() * roles.stream.history_noise).to(x0.device)
-    hist = add_noise(x0, roles.noise(x0, "rollout/history"), t_hist)
-    student = roles.causal("student")
-    v = student(xt, t, batch.cond, hist, t_hist)
-    return Roll(x0_from_v(xt, v, t), batch.cond, target=x0, real=batch.latents)
+    return add_noise(x0, roles.noise(x0, "rollout/history"), t_hist), t_hist

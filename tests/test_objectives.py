@@ -119,7 +119,7 @@ def test_a_bidirectional_teachers_step_tells_less_of_the_past_than_the_causal_fl
     seen = torch.cat([xt[:, 2:].flatten(1), x0[:, :2].flatten(1), torch.ones(count, 1)], 1)
     of_past = {}
     for kind in ("data", "teacher"):
-        v = consistency._velocity(x0, eps, xt, t, batch, roles, consistency.RollConfig(velocity=kind))
+        v = consistency.path_velocity(x0, eps, xt, t, batch.cond, roles, consistency.RollConfig(velocity=kind))
         of_past[kind] = torch.linalg.lstsq(seen, v[:, 2:].flatten(1)).solution[2:4].sum(0)
     s, a = world.covariances[0], 0.8  # the exact causal flow: E[eps - x0 | own x_t, past], second chunk
     joint = torch.block_diag((1 - a) ** 2 * s[2:, 2:] + a**2 * torch.eye(2), s[:2, :2])
@@ -191,16 +191,13 @@ def test_consistency_gives_gradient_to_the_students_earlier_prediction_alone() -
 
 def test_the_datas_step_takes_guidance_from_the_teacher() -> None:
     roles, cond, x0 = small_roles(STREAM), small_conditions(4), latents(4)
-    batch, t = batch_of(cond, x0), torch.full((2,), 0.6, dtype=torch.float64)
+    t = torch.full((2,), 0.6, dtype=torch.float64)
     eps = latents(4, seed=3)
     xt = add_noise(x0, eps, t)
-    steps = {
-        (kind, w): consistency._velocity(
-            x0, eps, xt, t, batch, roles, consistency.RollConfig(velocity=kind, cfg=replace(PLAIN, text=w, audio=w))
-        )
-        for kind in ("data", "teacher")
-        for w in (1.0, 3.0)
-    }
+    steps = {}
+    for kind, w in ((kind, w) for kind in ("data", "teacher") for w in (1.0, 3.0)):
+        cfg = consistency.RollConfig(velocity=kind, cfg=replace(PLAIN, text=w, audio=w))
+        steps[kind, w] = consistency.path_velocity(x0, eps, xt, t, cond, roles, cfg)
     torch.testing.assert_close(steps["data", 1.0], eps - x0)
     torch.testing.assert_close(
         steps["data", 3.0] - steps["data", 1.0], steps["teacher", 3.0] - steps["teacher", 1.0], atol=1e-10, rtol=0
