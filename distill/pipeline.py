@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from distill import export as exporting
@@ -56,8 +57,7 @@ def train_stage(options: Options, stage: str) -> None:
     source = dataset.load(Path(recipe.data.path), "train")
     trajectories = None
     if recipe.rollout is not None and recipe.rollout.kind in NEEDS_TRAJECTORIES:
-        if not (folder / "trajectories" / checkpoint.MANIFEST).is_file():
-            make(options, folder)
+        _need_trajectories(options, recipe.rollout.config.source, folder)
         trajectories = Trajectories(folder / "trajectories", source, recipe.student.steps)
     with open_stage(options.run, recipe, options.path(stage), parent.hash if parent else None) as run:
         if run.done:
@@ -81,16 +81,16 @@ def distill(options: Options) -> None:
 def trajectories(options: Options) -> None:
     """Store the teacher's trajectories of a run."""
     folder = run_folder(options.run)
-    make(options, folder)
+    make(options, folder, options.parent)
     print(f"Wrote {folder / 'trajectories'}; next: make distill-stage1.")
 
 
-def make(options: Options, folder: Path) -> None:
-    """Sample the trajectories unless they are there."""
-    several = Options(**{**vars(options), "several": True})
-    recipe = several.load("trajectories")
+def make(options: Options, folder: Path, parent: str | None = None) -> None:
+    """Sample the trajectories of the recipe's parent unless they are there."""
+    recipe = replace(options, several=True).load("trajectories")
     _need_data(recipe)
-    origin = find_teacher(recipe, folder)
+    own = recipe.parent in (None, "teacher")
+    origin = find_teacher(recipe, folder) if own else lineage.find_parent(folder, "ar-teacher", recipe.scale, parent)
     target = folder / "trajectories"
     if (target / checkpoint.MANIFEST).is_file():
         made_from = (lineage.read(target).data.get("parent") or {}).get("manifest_sha256")
@@ -100,7 +100,9 @@ def make(options: Options, folder: Path) -> None:
     source = dataset.load(Path(recipe.data.path), "train")
     print(f"trajectories: {recipe.trajectories.count} clips of the teacher {origin.path}", flush=True)
     with _timed(options, "trajectories"):
-        make_trajectories(recipe, network(recipe.model, origin, "ema").eval(), origin, source, target)
+        dit = network(recipe.model, origin, "ema").eval()
+        model = dit if origin.stage == "teacher" else CausalDiT(dit, recipe.student)
+        make_trajectories(recipe, model, origin, source, target)
 
 
 def export(options: Options) -> None:
@@ -180,7 +182,7 @@ def online_lpm(options: Options) -> None:
 def _rows(bench: Bench, recipe: Recipe, folder: Path) -> list[Row]:
     """Data, teacher, few-step teacher, untrained student, and every stage that the run has."""
     origin = find_teacher(recipe, folder)
-    teacher = network(recipe.model, origin, "ema").eval()
+    teacher = network(replace(recipe.model, flow_map=False), origin, "ema").eval()
     rows = [data_row(bench), *teacher_rows(bench, teacher, origin.hash, len(recipe.student.steps))]
     rows.append(student_row(bench, "undistilled", origin.hash, CausalDiT(teacher, recipe.student)))
     nets: dict[str, CausalDiT] = {}
@@ -215,6 +217,21 @@ def _parent(recipe: Recipe, folder: Path, teacher: Manifest | None, override: st
     return manifest
 
 
+def _need_trajectories(options: Options, wanted: str, folder: Path) -> None:
+    """Make the teacher's trajectories where there are none; UserError when those there are another network's."""
+    stored = folder / "trajectories"
+    there = (stored / checkpoint.MANIFEST).is_file()
+    if not there and wanted == "teacher":
+        make(options, folder)
+        return
+    made_by = lineage.read(stored).recipe.get("parent") or "teacher" if there else "nobody"
+    if made_by != wanted:
+        raise UserError(
+            f"{stored} holds trajectories of {made_by} but rollout.source is {wanted}: run `make trajectories` with a "
+            f"RECIPE whose parent is {wanted}{', in another RUN' if there else ''}."
+        )
+
+
 def _need_data(recipe: Recipe) -> None:
     prepare_once = Path(recipe.data.path)
     if not (prepare_once / "fingerprint.json").is_file():
@@ -235,9 +252,12 @@ def _make(stage: str) -> str:
 
 
 def _next(stage: str) -> str:
-    return {"teacher": "make distill-stage1", "stage4": "make export"}.get(
-        stage
-    ) or f"make distill-stage{int(stage[-1]) + 1}"
+    after = {
+        "teacher": "make distill-stage1",
+        "ar-teacher": "make trajectories with a RECIPE whose parent is ar-teacher",
+        "stage4": "make export",
+    }
+    return after.get(stage) or f"make distill-stage{int(stage[-1]) + 1}"
 
 
 @contextmanager

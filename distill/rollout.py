@@ -2,7 +2,8 @@
 
 `data`      the clean clips themselves; no network runs.
 `teacher`   states of stored teacher ODE trajectories at the student's step times -> its x0, with the trajectory's end
-            as target (causal ODE regression; CausVid, arXiv 2412.07772).
+            as target (causal ODE regression; CausVid, arXiv 2412.07772). With `source: ar-teacher` the paths are
+            those of a causal teacher under its own past (Causal-Forcing, arXiv 2602.02214).
 `renoised`  the trajectory's end, noised afresh -> the student's x0 (off-policy distribution matching).
 
 The history given to a chunk is the trajectory's own end: for half of the clips at the stream's history noise, as the
@@ -47,6 +48,12 @@ class DataConfig:
 @dataclass(frozen=True)
 class TrajectoryRollConfig:
     """Rolls over stored trajectories; every chunk draws one of the student's step times."""
+
+    source: str = "teacher"  # whose trajectories: the stage of the network that made them
+
+    def __post_init__(self):
+        if self.source not in ("teacher", "ar-teacher"):
+            raise ValueError(f"source {self.source!r} must be teacher or ar-teacher")
 
 
 def data(batch: Batch, roles: Roles, cfg: DataConfig) -> Roll:

@@ -62,7 +62,6 @@ def make_trajectories(
     recipe: Recipe, teacher: DiT | CausalDiT, origin: Manifest, data: LatentDataset, folder: Path
 ) -> Path:
     """Sample `recipe.trajectories.count` clips of the train split; returns the sealed folder."""
-    sample = causal_states if isinstance(teacher, CausalDiT) else sample_states
     config: TrajectoryConfig = recipe.trajectories
     count = min(config.count, len(data))
     chosen = torch.randperm(len(data), generator=keyed_generator(recipe.seed, "trajectories"))[:count]
@@ -79,7 +78,11 @@ def make_trajectories(
         assert batch.latents is not None
         generator = keyed_generator(recipe.seed, "trajectories", start)
         noise = torch.randn(batch.latents.shape, generator=generator)
-        states = sample(teacher, noise, batch.cond, times, Guidance(config.text, config.audio))
+        given = (noise, batch.cond, times, Guidance(config.text, config.audio))
+        if isinstance(teacher, CausalDiT):
+            states = causal_states(teacher, *given)
+        else:
+            states = sample_states(teacher, *given)
         temporary = path.with_suffix(".partial")
         save_file({"states": torch.stack([states[i] for i in kept], 1).half(), "index": rows}, temporary)
         temporary.replace(path)

@@ -76,9 +76,10 @@ class DiT(nn.Module):
         nn.init.zeros_(self.head.head.weight)
         nn.init.zeros_(self.head.head.bias)
         if config.flow_map:  # silent at its start: weights without it do what they did
-            self.interval_embedding = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
-            nn.init.zeros_(self.interval_embedding[2].weight)
-            nn.init.zeros_(self.interval_embedding[2].bias)
+            last = nn.Linear(dim, dim)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.interval_embedding = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), last)
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditions, refs: list[list[KV]] | None = None) -> Tensor:
         """Bidirectional velocity. `refs` may carry `encode_refs(cond)` from an earlier call."""
