@@ -50,6 +50,11 @@ def data(options: Options) -> None:
 def train_stage(options: Options, stage: str) -> None:
     """Train one stage, from its parent's checkpoint."""
     recipe = options.load(stage)
+    if stage == "stage4" and not recipe.student.refined:
+        raise UserError(
+            f"student.steps {list(recipe.student.steps)} leaves no step for a refiner: there is no stage 4, go on from "
+            "stage 3 with `make export`."
+        )
     folder = run_folder(options.run)
     _need_data(recipe)
     teacher = None if stage == "teacher" else find_teacher(recipe, folder)
@@ -74,7 +79,7 @@ def train_stage(options: Options, stage: str) -> None:
 def distill(options: Options) -> None:
     """Trajectories and stages 1 to 4."""
     trajectories(options)
-    for stage in STAGES:
+    for stage in _stages(options):
         train_stage(options, stage)
 
 
@@ -108,12 +113,15 @@ def make(options: Options, folder: Path, parent: str | None = None) -> None:
 def export(options: Options) -> None:
     """Gather backbone, refiner and codec."""
     recipe, folder = options.load("stage4"), run_folder(options.run)
-    refiner = lineage.find_parent(folder, "stage4", recipe.scale, options.parent)
-    backbone = lineage.find_parent(folder, "stage3", recipe.scale)
-    lineage.require(backbone, hash=(refiner.data.get("parent") or {}).get("manifest_sha256"))
+    refiner = None
+    if recipe.student.refined:
+        refiner = lineage.find_parent(folder, "stage4", recipe.scale, options.parent)
+    backbone = lineage.find_parent(folder, "stage3", recipe.scale, None if refiner else options.parent)
+    if refiner is not None:
+        lineage.require(backbone, hash=refiner.parent_hash)
     target = folder / "online-lpm"
     if (target / checkpoint.MANIFEST).is_file():
-        if (lineage.read(target).data.get("parent") or {}).get("manifest_sha256") == refiner.hash:
+        if lineage.read(target).parent_hash == (refiner or backbone).hash:
             print(f"{target} is done; next: make evaluate.")
             return
     with _timed(options, "export"):
@@ -169,7 +177,7 @@ def online_lpm(options: Options) -> None:
         train_stage(options, "teacher")
     origin = find_teacher(recipe, folder)
     print(f"teacher: {origin.path} ({origin.hash[:12]})", flush=True)
-    for stage in STAGES:
+    for stage in _stages(options):
         train_stage(options, stage)
     export(options)
     evaluate(options)
@@ -177,6 +185,12 @@ def online_lpm(options: Options) -> None:
 
 
 # ---- pieces -----------------------------------------------------------------------------------------------
+
+
+def _stages(options: Options) -> tuple[str, ...]:
+    """The stages of a path: with a single step there is no refiner, and no stage 4."""
+    refined = replace(options, several=True).load("stage1").student.refined
+    return STAGES if refined else STAGES[:-1]
 
 
 def _rows(bench: Bench, recipe: Recipe, folder: Path) -> list[Row]:

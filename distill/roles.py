@@ -47,13 +47,13 @@ def kept_teacher(scale: str) -> Path:
 def build_roles(recipe: Recipe, teacher: Manifest | None, parent: Manifest | None, data: Path) -> Roles:
     """Networks of every role that the recipe's phases and terms speak of, on the CPU, in fp32."""
     trained = [phase.update for phase in recipe.phases]
+    plain = replace(recipe.model, flow_map=False)  # teacher and critic know velocities alone
     if "teacher" in trained:
         with torch.random.fork_rng(devices=[]):  # initial weights are the one draw from torch's global state
             torch.manual_seed(recipe.seed)
-            models: dict[str, nn.Module] = {"teacher": DiT(recipe.model)}
+            models: dict[str, nn.Module] = {"teacher": DiT(plain)}
         return Roles(models, recipe.student, dataset.load_codec(data))
     assert teacher is not None
-    plain = replace(recipe.model, flow_map=False)  # teacher and critic know velocities alone
     models = {"teacher": network(plain, teacher, "ema")}
     for role in dict.fromkeys([*trained, *(["backbone"] if "refiner" in trained else [])]):
         source, part = _origin(role, parent, teacher)

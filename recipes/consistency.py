@@ -72,6 +72,9 @@ def roll_consistency(batch: Batch, roles: Roles, cfg: RollConfig) -> Roll:
     """The student's x0 at one time of the grid, and as target its x0 one Euler step further down."""
     x0 = batch.latents
     assert x0 is not None
+    weights = roles.average if cfg.target == "average" else None
+    if cfg.target == "average" and weights is None:
+        raise ValueError("rollout.target average needs the moving average that the trainer keeps, there is none.")
     times = grid(cfg, roles.stream.steps)
     n = torch.randint(1, len(times), (len(x0),), generator=roles.generator("consistency/time"))
     t, s = times[n].to(x0.device), times[n - 1].to(x0.device)
@@ -81,7 +84,6 @@ def roll_consistency(batch: Batch, roles: Roles, cfg: RollConfig) -> Roll:
         xs = xt + per_frame(s - t, xt) * path_velocity(x0, eps, xt, t, batch.cond, roles, cfg)
     roll = teacher_forced(batch, roles, xt, t, x0)
     with torch.no_grad():
-        weights = roles.average if cfg.target == "average" else None
         target = teacher_forced(batch, roles, xs, s, x0, weights).x0
     return replace(roll, target=target)
 

@@ -40,6 +40,11 @@ class StreamConfig:
             raise ValueError("steps must stay above 0 and history_noise must lie in [0, 1)")
 
     @property
+    def refined(self) -> bool:
+        """Is there a step for a refiner?"""
+        return len(self.steps) > 1
+
+    @property
     def visible_chunks(self) -> int:
         """Chunks in sight at most, the current one included: how far positions reach."""
         return self.sink_chunks + self.window_chunks + 1

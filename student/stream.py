@@ -71,7 +71,7 @@ def stream(
     """
     config = backbone.stream
     size = config.chunk_frames
-    if refiner is not None and len(config.steps) < 2:
+    if refiner is not None and not config.refined:
         raise ValueError("A stream of a single step has none left for a refiner.")
     if cond.num_frames % size:
         raise ValueError(

@@ -12,8 +12,9 @@ import torch
 from analytic import Causal, Exact, World, best_gaussian, blobs, codec, conditions, energy_distance, video
 from conftest import batch_of, has_gradient, latents, small_roles, small_student
 from conftest import conditions as small_conditions
-from objectives import BY_LABEL, CASES, COUNT, PLAIN, generate, lags, measured, trained
-from objectives_table import PAGE
+from objectives import COUNT, generate, lags, measured, trained
+from objectives_cases import BY_LABEL, CASES, PLAIN, STAGE1
+from objectives_table import FLOW_MAP, PAGE, any_steps
 from torch import Tensor
 
 from distill import rollout
@@ -260,3 +261,16 @@ def test_on_policy_chunks_continue_their_own_past() -> None:
     blind.remember = lambda x, t, cond, cache: cache
     roles = replace(trained(ON_POLICY), models={"student": blind})
     assert abs(lags(generate(case, roles))[1]) < 0.1
+
+
+def test_regression_on_autoregressive_paths_keeps_the_past_that_bidirectional_paths_lose() -> None:
+    inside, across = lags(measured("`ode_regression`, paths of teacher forcing").clips)
+    assert min(inside, across) > 0.75
+    assert max(lags(generate(STAGE1, trained(STAGE1.label)))) < 0.65
+    exact = lags(measured("`causal_flow_matching`, teacher forcing").clips)
+    assert min(exact) > 0.8
+
+
+def test_one_trained_flow_map_makes_good_clips_in_one_two_four_and_eight_steps() -> None:
+    for count in (1, 2, 4, 8):
+        assert any_steps(FLOW_MAP, count) < BY_LABEL[FLOW_MAP].bound
