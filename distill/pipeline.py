@@ -94,8 +94,10 @@ def make(options: Options, folder: Path, parent: str | None = None) -> None:
     """Sample the trajectories of the recipe's parent unless they are there."""
     recipe = replace(options, several=True).load("trajectories")
     _need_data(recipe)
-    own = recipe.parent in (None, "teacher")
-    origin = find_teacher(recipe, folder) if own else lineage.find_parent(folder, "ar-teacher", recipe.scale, parent)
+    if recipe.parent in (None, "teacher"):
+        origin = find_teacher(recipe, folder)
+    else:
+        origin = _finished(recipe, folder, parent)
     target = folder / "trajectories"
     if (target / checkpoint.MANIFEST).is_file():
         made_from = (lineage.read(target).data.get("parent") or {}).get("manifest_sha256")
@@ -221,6 +223,12 @@ def _parent(recipe: Recipe, folder: Path, teacher: Manifest | None, override: st
         return None
     if recipe.parent == "teacher" and override is None:
         return teacher
+    return _finished(recipe, folder, override)
+
+
+def _finished(recipe: Recipe, folder: Path, override: str | None) -> Manifest:
+    """The parent in this run, which must have been trained to its end, or the one that PARENT names."""
+    assert recipe.parent is not None
     manifest = lineage.find_parent(folder, recipe.parent, recipe.scale, override)
     status = read_status(folder / recipe.parent)
     if override is None and status.get("status") != "done":

@@ -119,7 +119,7 @@ class DiT(nn.Module):
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """The network proper: tokens of `x` at `positions` [T*n, 3], looking at each other (through `mask`) and at the
         per-layer `context`. Returns v like x and the per-layer (k before RoPE, v) of these tokens. A flow map with r
-        (like t, at most t) gives the mean velocity of the path from t to r, without r the velocity at t."""
+        (like t, at most t) gives the mean velocity of the path from t to r; references and history have no r."""
         frames, patch = x.shape[1], self.config.patch
         rows, columns = self.token_grid(x)
         tokens = rearrange(x, "b t c (h p) (w q) -> b (t h w) (p q c)", p=patch, q=patch)

@@ -49,11 +49,8 @@ def train(recipe: Recipe, folder: Path) -> set[str]:
     before = {name: [p.clone() for p in model.parameters()] for name, model in models.items()}
     trainer = Trainer(recipe, StageRun(folder, done=False), roles, FakeSource(), Engine(), parent=None)
     assert checkpoint.verify(trainer.fit()) is None and trainer.skipped == 0
-    return {
-        n
-        for n, old in before.items()
-        if any(not torch.equal(*pair) for pair in zip(old, models[n].parameters(), strict=True))
-    }
+    same = {name: all(map(torch.equal, old, models[name].parameters())) for name, old in before.items()}
+    return {name for name, unmoved in same.items() if not unmoved}
 
 
 RECIPE = """
