@@ -102,7 +102,7 @@ test: $(VENV)/.dev ## run the tests
 mutants: $(VENV)/.dev ## break one thing at a time and see that a test notices (about twenty minutes)
 	@OMP_NUM_THREADS=1 $(PYTHON) tests/mutants.py
 
-objectives: $(VENV)/.dev ## train every objective against an exact teacher and write docs/OBJECTIVES.md (half a minute)
+objectives: $(VENV)/.dev ## train every objective against an exact teacher and write docs/OBJECTIVES.md (about a minute)
 	@OMP_NUM_THREADS=1 $(PYTHON) tests/objectives_table.py
 
 lint: $(VENV)/.dev ## ruff
