@@ -9,8 +9,8 @@ and the right side, under stop-gradient, is the target of the left: L = mean (F 
 difference, h = 5/1000 both ways as far as r <= t +- h <= 1 allows: two more evaluations without gradient, and no kernel
 for forward derivatives. In bf16 the two round as much as they differ (docs/LOG.md): train in fp32, or with h = 0.02.
 
-Half of the clips take r = t (there F is the velocity), a quarter r = 0 (there it leads to x0), the others any r between.
-Needs `model.flow_map` and the rollout `data`; every chunk is told its past as in recipes/consistency.py, where
+Half of the clips take r = t (there F is the velocity), a quarter r = 0 (there it leads to x0), the others any r
+between. Needs `model.flow_map` and the rollout `data`; every chunk is told its past as in recipes/consistency.py, where
 `velocity` and `cfg` are explained too.
 """
 
