@@ -112,7 +112,9 @@ def test_a_chain_through_an_autoregressive_teacher_keeps_its_lineage() -> None:
     family = [line.strip("└─ ").split()[0] for line in lineage.tree(ar / "stage1").splitlines()]
     assert family == ["stage1", "ar-teacher", "teacher"]
     with pytest.raises(UserError, match="of ar-teacher but rollout.source is teacher"):
-        pipeline.train_stage(options("ar"), "stage1")
+        pipeline.train_stage(options("ar"), "stage2")
+    pipeline.train_stage(options("ar", "rollout.source=ar-teacher"), "stage2")
+    assert lineage.read(ar / "stage2").parent_hash == lineage.read(ar / "stage1").hash
 
 
 def test_a_flow_map_begins_with_weights_that_know_none_and_streams_with_any_number_of_steps() -> None:
