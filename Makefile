@@ -34,9 +34,9 @@ SPREAD = $(if $(ACCELERATE),--accelerate '$(ACCELERATE)') $(if $(PROCESSES),--pr
 RUN_IT = $(PYTHON) -m distill
 
 .DEFAULT_GOAL := help
-.PHONY: help online-lpm data teacher keep-teacher trajectories distill distill-stage1 distill-stage2 distill-stage3 distill-stage4 \
-        export evaluate report stream serve latency doctor lineage recipes validate runs diff test mutants objectives \
-        lint types gpu ci smoke clean clean-venv consolidate import-wan plan gpu-check
+.PHONY: help online-lpm data teacher ar-teacher keep-teacher trajectories distill distill-stage1 distill-stage2 \
+        distill-stage3 distill-stage4 export consolidate evaluate report stream serve latency doctor lineage recipes \
+        validate plan runs diff import-wan gpu-check test mutants objectives lint types gpu ci smoke clean clean-venv
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -53,6 +53,9 @@ data: $(VENV)/.installed ## prepare speech, characters and latents
 
 teacher: $(VENV)/.installed ## train the teacher from nothing (a trained one is kept in the repository)
 	@$(RUN_IT) teacher $(ARGS) $(SPREAD)
+
+ar-teacher: $(VENV)/.installed ## make the teacher causal, for trajectories of its own (teacher or diffusion forcing)
+	@$(RUN_IT) ar-teacher $(ARGS)
 
 keep-teacher: $(VENV)/.installed ## put the teacher of RUN= where the repository keeps one
 	@$(RUN_IT) keep $(ARGS)
@@ -135,7 +138,7 @@ test: $(VENV)/.dev ## run the tests
 mutants: $(VENV)/.dev ## break one thing at a time and see that a test notices (about twenty minutes)
 	@OMP_NUM_THREADS=1 $(PYTHON) tests/mutants.py
 
-objectives: $(VENV)/.dev ## train every objective against an exact teacher and write docs/OBJECTIVES.md (half a minute)
+objectives: $(VENV)/.dev ## train every objective against an exact teacher and write docs/OBJECTIVES.md (about a minute)
 	@OMP_NUM_THREADS=1 $(PYTHON) tests/objectives_table.py
 
 lint: $(VENV)/.dev ## ruff

@@ -56,6 +56,7 @@ class Roles:
     embedder: IdentityEmbedder | None = None
     trajectories: Any = None
     origins: dict[str, Any] = field(default_factory=dict)  # of networks made empty: what fills them (distill.roles)
+    average: dict[str, Tensor] | None = None  # moving average of what the stage trains, by parameter; the trainer's
     key: tuple[int | str, ...] = (0, 0)  # (seed, rank, step, micro-step, phase), set by the trainer
     processes: int = 1  # that share a batch
     whole: Conditions | None = None  # conditions of the whole batch, of which rank r has the r-th part; None = its own

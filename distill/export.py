@@ -1,5 +1,5 @@
-"""Online LPM: the backbone of stage 3, the refiner of stage 4 and the codec, in one folder with a card, a manifest and
-a few characters and recordings to try it with; and the teacher as the repository keeps it.
+"""Online LPM: the backbone of stage 3, the refiner of stage 4 (none with a single step) and the codec, in one folder
+with a card, a manifest and a few characters and recordings to try it with; and the teacher as the repository keeps it.
 
 The export is verified by loading it back and comparing a forward of each network with the original's.
 """
@@ -25,14 +25,14 @@ from teacher.conditions import AUDIO_PER_LATENT, PAST, SILENCE, TEXT_LENGTH, Con
 from teacher.embedder import IdentityEmbedder
 
 
-def export(recipe: Recipe, backbone: Manifest, refiner: Manifest, codec: PCACodec, folder: Path) -> Path:
+def export(recipe: Recipe, backbone: Manifest, refiner: Manifest | None, codec: PCACodec, folder: Path) -> Path:
     """Write the folder of a finished run; `recipe` is that of stage 4."""
-    nets = {"backbone": network(recipe.model, backbone, "ema"), "refiner": network(recipe.model, refiner, "ema")}
-    online = OnlineLPM(CausalDiT(nets["backbone"], recipe.student), CausalDiT(nets["refiner"], recipe.student), codec)
-    size = 4 * sum(p.numel() for p in online.parameters())
-    meta = describe(recipe, refiner.step, refiner, refiner.data.get("data_fingerprint"))
+    nets = [CausalDiT(network(recipe.model, part, "ema"), recipe.student) for part in (backbone, refiner) if part]
+    online = OnlineLPM(nets[0], nets[1] if refiner else None, codec)
+    size, last = 4 * sum(p.numel() for p in online.parameters()), refiner or backbone
+    meta = describe(recipe, last.step, last, last.data.get("data_fingerprint"))
     with checkpoint.committed(folder, {**meta, "stage": "online-lpm"}, size) as temporary:
-        online.save_pretrained(temporary, export_card(recipe.student, refiner, folder.parent / "report"))
+        online.save_pretrained(temporary, export_card(recipe.student, last, folder.parent / "report"))
         write_demo(Path(recipe.data.path), temporary)
         IdentityEmbedder.load(ensure_embedder(Path(recipe.data.path))).save(temporary)  # for the live drift meter
         _verify(online, OnlineLPM.from_pretrained(temporary))
@@ -53,8 +53,8 @@ def refresh_card(recipe: Recipe, run: Path) -> None:
     """Write the card of a run's export again, now that there are scores; weights and their hashes stay."""
     folder = run / "online-lpm"
     if (folder / checkpoint.MANIFEST).is_file():
-        refiner = lineage.find_parent(run, "stage4", recipe.scale)
-        checkpoint.replace_text(folder, "README.md", export_card(recipe.student, refiner, run / "report"))
+        last = lineage.find_parent(run, "stage4" if recipe.student.refined else "stage3", recipe.scale)
+        checkpoint.replace_text(folder, "README.md", export_card(recipe.student, last, run / "report"))
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def _verify(original: OnlineLPM, loaded: OnlineLPM) -> None:
     text = torch.zeros(1, TEXT_LENGTH, config.text_dim)
     cond = Conditions(silence, silence, text, text[..., 0] > 0, refs, torch.ones(refs.shape[:2], dtype=torch.bool))
     x, t = torch.randn(1, frames, config.channels, size, size, generator=generator), torch.full((1,), 0.5)
-    for name in ("backbone", "refiner"):
-        a, b = (getattr(model, name) for model in (original, loaded))
+    for name in original.networks():
+        a, b = (model.networks()[name] for model in (original, loaded))
         if not torch.equal(a.velocity(x, t, cond, a.start(cond)), b.velocity(x, t, cond, b.start(cond))):
             raise UserError(f"The exported {name} differs from the trained one after loading.", ExitCode.CHECKPOINT)

@@ -71,6 +71,7 @@ class Shadow(DiT):
         positions: Tensor,
         context: list[list[KV]] | None,
         mask: Blocks | None = None,
+        r: Tensor | None = None,
         keep: bool = True,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         rows, columns = self.token_grid(x)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,22 +74,24 @@ def build_roles(
     """Networks of every role that the recipe's phases and terms speak of, on the CPU, in fp32; or empty, with
     `origins` that say what fills them."""
     trained = [phase.update for phase in recipe.phases]
+    plain = replace(recipe.model, flow_map=False)  # teacher and critic know velocities alone
     if "teacher" in trained:
         with torch.random.fork_rng(devices=[]):  # initial weights are the one draw from torch's global state
             torch.manual_seed(recipe.seed)
-            models: dict[str, nn.Module] = {"teacher": DiT(recipe.model)}
+            models: dict[str, nn.Module] = {"teacher": DiT(plain)}
         return Roles(models, recipe.student, dataset.load_codec(data))
     assert teacher is not None
     origins: dict[str, Origin] = {}
 
     def make(role: str, source: Manifest, part: str, heads: nn.ModuleDict | None = None) -> DiT:
+        config = plain if role in ("teacher", "critic") else recipe.model
         context = empty(role in trained) if empty is not None else None
         if context is None or adapters.holds_adapters((source, part)):
-            return network(recipe.model, source, part, heads)
+            return network(config, source, part, heads)
         own = {f"heads.{name}": tensor for name, tensor in (heads.state_dict() if heads else {}).items()}
         origins[role] = Origin(source.path / part, own)
         with context:
-            model = DiT(recipe.model)
+            model = DiT(config)
             if heads:
                 model.add_module("heads", term_heads(recipe))
         return model
@@ -114,13 +116,13 @@ def build_roles(
 
 
 def network(config: DiTConfig, source: Manifest, part: str, heads: nn.ModuleDict | None = None) -> DiT:
-    """A DiT with the weights of one part of a checkpoint. Heads that the checkpoint lacks stay as they start, heads of
-    the checkpoint that are not asked for are left out."""
+    """A DiT with the weights of one part of a checkpoint. Heads and a second time input that the checkpoint lacks stay
+    as they start, heads of the checkpoint that are not asked for are left out."""
     model = DiT(config)
     if heads:
         model.add_module("heads", heads)
     tensors = {name: t.float() for name, t in adapters.plain((source, part)).items()}
-    own = {name: t for name, t in model.state_dict().items() if name.startswith("heads.")}
+    own = {name: t for name, t in model.state_dict().items() if name.startswith(("heads.", "interval_embedding."))}
     tensors = own | {name: t for name, t in tensors.items() if name in own or not name.startswith("heads.")}
     try:
         model.load_state_dict(tensors)

@@ -72,6 +72,7 @@ class Trainer:
                 frozen.to(engine.device)
         self.optimizers = engine.optimizers
         self.ema = engine.average(self.product, recipe.train.ema, recipe.train.ema_start)
+        roles.average = None if engine.sharded else self.ema.average  # updated in place
         self.step, self.skipped = 0, 0
         self.pending: dict[str, tuple[float, int]] = {}  # of an interval of the curves that a checkpoint cuts in two
         # Counted per role: a healthy critic must not hide a student that stands still.

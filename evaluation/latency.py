@@ -176,7 +176,7 @@ def compare(
     for _ in range(WARM):
         step(session, audio, Track())
     for _ in range(rounds):
-        with counted(model.backbone.dit, model.refiner.dit) as made:
+        with counted(*(net.dit for net in model.networks().values())) as made:
             clip = Track()
             for _ in range(frames // stream.chunk_frames):
                 step(session, audio, clip)

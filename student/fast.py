@@ -46,7 +46,7 @@ class FastDiT:
         self.model, self.dit = model, model.dit
         self.blocks = [block for block in model.dit.blocks if isinstance(block, Block)]
         self._head = model.dit.config.dim // model.dit.config.heads
-        self._times: dict[float, tuple[Tensor, Table]] = {}
+        self._times: dict[tuple[float, float | None], tuple[Tensor, Table]] = {}
         self._read: tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]] | None = None
         self._chunk: tuple[Conditions, KVCache, list[Layer] | None, Tensor] | None = None
 
@@ -57,9 +57,13 @@ class FastDiT:
     def start(self, cond: Conditions) -> KVCache:
         return self.model.start(cond)
 
-    def velocity(self, xt: Tensor, t: Tensor, cond: Conditions, cache: KVCache) -> Tensor:
-        """v of one chunk, xt [B, K, C, H, W], t [B], all of one value."""
-        return self._run(xt, t, cond, cache)[0]
+    @property
+    def flow_map(self) -> bool:
+        return self.model.flow_map
+
+    def velocity(self, xt: Tensor, t: Tensor, cond: Conditions, cache: KVCache, r: Tensor | None = None) -> Tensor:
+        """v of one chunk, xt [B, K, C, H, W], t [B] and r [B] of one value each."""
+        return self._run(xt, t, cond, cache, self.model.step_end(t, r))[0]
 
     def remember(self, x: Tensor, t: Tensor, cond: Conditions, cache: KVCache) -> KVCache:
         """The cache after the finished chunk `x`."""
@@ -67,11 +71,11 @@ class FastDiT:
 
     @torch.no_grad()
     def _run(
-        self, x: Tensor, t: Tensor, cond: Conditions, cache: KVCache
+        self, x: Tensor, t: Tensor, cond: Conditions, cache: KVCache, r: Tensor | None = None
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         patch, frames, (rows, columns) = self.dit.config.patch, x.shape[1], self.dit.token_grid(x)
         layers, turn = self._prepared(cond, cache)
-        time, table = self._time(t, x)
+        time, table = self._time(t, r, x)
         tokens = rearrange(x, "b t c (h p) (w q) -> b t (h w) (p q c)", p=patch, q=patch)
         out, written = self._blocks(tokens, layers, turn, time, table)
         v = rearrange(out, "b (t h w) (p q c) -> b t c (h p) (w q)", t=frames, h=rows, w=columns, p=patch, q=patch)
@@ -107,13 +111,15 @@ class FastDiT:
 
     # ---- once per stream --------------------------------------------------------------------------------------
 
-    def _time(self, t: Tensor, x: Tensor) -> tuple[Tensor, Table]:
-        """Time embedding [1, K, D] and what the blocks make of it, each [1, 1, 1, D], for a time that all share."""
-        key = float(t[0])
+    def _time(self, t: Tensor, r: Tensor | None, x: Tensor) -> tuple[Tensor, Table]:
+        """Time embedding [1, K, D] and what the blocks make of it, each [1, 1, 1, D], for times that all share."""
+        key = (float(t[0]), None if r is None else float(r[0]))
         if key not in self._times:
             dit = self.dit
             dtype = torch.promote_types(dit.patch_embedding.weight.dtype, torch.float32)
             time = dit.time_embedding(time_features(t[:1, None]).to(dtype))  # [1, 1, D]
+            if r is not None:
+                time = time + dit.interval_embedding(time_features((t - r)[:1, None]).to(dtype))
             shared = dit.time_projection(time).unflatten(-1, (6, -1))  # [1, 1, 6, D]
             table = []
             for block in self.blocks:

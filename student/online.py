@@ -2,7 +2,7 @@
 
 folder/ config.json, backbone.safetensors, refiner.safetensors, codec.safetensors, README.md (model card)
         (+ manifest.json, characters/, voices/, demo.json, embedder.*: written by the export, kept by `save_pretrained`)
-No pickle anywhere.
+No pickle anywhere. A stream of a single step has no refiner.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from teacher.conditions import Conditions
 from teacher.dit import DiT, config_from
 
 FORMAT = 1  # of config.json; folders without the entry are of format 1
-NETWORKS = ("backbone", "refiner")
+
 BESIDE = (  # travels with the weights
     "README.md",
     "manifest.json",
@@ -47,7 +47,7 @@ BESIDE = (  # travels with the weights
 class OnlineLPM(nn.Module):
     """The streaming character: `len(steps) - 1` backbone evaluations and one of the refiner per chunk."""
 
-    def __init__(self, backbone: CausalDiT, refiner: CausalDiT, codec: PCACodec):
+    def __init__(self, backbone: CausalDiT, refiner: CausalDiT | None, codec: PCACodec):
         super().__init__()
         self.backbone, self.refiner, self.codec = backbone, refiner, codec
         self.folder: Path | None = None  # where it was loaded from
@@ -95,6 +95,10 @@ class OnlineLPM(nn.Module):
 
     # ---- the folder -------------------------------------------------------------------------------------------
 
+    def networks(self) -> dict[str, CausalDiT]:
+        """Backbone and, where there is one, refiner, by name."""
+        return {"backbone": self.backbone} | ({} if self.refiner is None else {"refiner": self.refiner})
+
     def config(self) -> dict[str, Any]:
         """What config.json holds."""
         return {
@@ -114,9 +118,8 @@ class OnlineLPM(nn.Module):
         """Write weights, configuration and model card into `folder`, with what lay beside the weights it came from."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in NETWORKS:
-            tensors = getattr(self, name).dit.state_dict()
-            save_file({k: v.contiguous() for k, v in tensors.items()}, folder / f"{name}.safetensors")
+        for name, net in self.networks().items():
+            save_file({k: v.contiguous() for k, v in net.dit.state_dict().items()}, folder / f"{name}.safetensors")
         self.codec.save(folder)
         _write(folder / "config.json", json.dumps(self.config(), indent=2) + "\n")
         if self.folder is not None and self.folder.resolve() != folder.resolve():
@@ -142,17 +145,17 @@ class OnlineLPM(nn.Module):
             place = Path(snapshot_download(folder, **download))
         config = _read_config(place)
         nets = []
-        for name in NETWORKS:
+        told = StreamConfig(**{**config["stream"], "steps": tuple(config["stream"]["steps"])})
+        for name in ("backbone", "refiner")[: 1 + told.refined]:
             dit = DiT(config_from(config["model"]))
             path = place / f"{name}.safetensors"
             try:
                 dit.load_state_dict(_tensors(path))
             except RuntimeError as error:
                 raise ValueError(f"{path} does not fit config.json ({str(error).splitlines()[-1].strip()})") from None
-            told = {**config["stream"], "steps": tuple(config["stream"]["steps"])}
-            nets.append(CausalDiT(dit, StreamConfig(**told)))
+            nets.append(CausalDiT(dit, told))
         _tensors(place / "codec.safetensors")
-        model = cls(nets[0], nets[1], PCACodec.load(place))
+        model = cls(nets[0], nets[1] if told.refined else None, PCACodec.load(place))
         model.folder = place
         return model
 

@@ -74,8 +74,10 @@ class Session:
         self.heard = Heard.nothing(model.backbone.dit.config.mels)  # like the caches: as of the last delivered chunk
         self.waiting = Waiting()
         told = self._told(self.heard.features, text)
-        self._backbone, self._refiner = FastDiT(model.backbone), FastDiT(model.refiner)
-        self.draft_cache, self.final_cache = model.backbone.start(told), model.refiner.start(told)
+        self._backbone = FastDiT(model.backbone)
+        self._refiner = None if model.refiner is None else FastDiT(model.refiner)
+        self.draft_cache = model.backbone.start(told)
+        self.final_cache = None if model.refiner is None else model.refiner.start(told)
         self._drafts: dict[int, Future[Draft]] = {}  # made ahead, by number: one, or two while a chunk is refined
         self._worker: ThreadPoolExecutor | None = None
 
@@ -151,8 +153,10 @@ class Session:
             text = self._text(self.index + 1)
             self._drafts[self.index + 1] = self._submit(self.index + 1, text, draft.heard, following, draft.cache)
         began = time.perf_counter()
-        generator = keyed_generator(self.seed, self.index, "refine")
-        x0, final_cache = refine_chunk(self._refiner, draft.told, self.final_cache, draft.x0, generator)
+        x0, final_cache = draft.x0, self.final_cache
+        if self._refiner is not None and final_cache is not None:
+            generator = keyed_generator(self.seed, self.index, "refine")
+            x0, final_cache = refine_chunk(self._refiner, draft.told, final_cache, x0, generator)
         frames = self.model.pictures(x0)[0]
         seconds = draft.seconds + time.perf_counter() - began
         chunk = Chunk(
@@ -182,10 +186,11 @@ class Session:
         began = time.perf_counter()
         features, heard = heard.listen(samples, self._size)
         told = self._told(features, text)
-        x0, cache = draft_chunk(self._backbone, told, cache, keyed_generator(self.seed, index, "draft"))
+        generator = keyed_generator(self.seed, index, "draft")
+        x0, cache = draft_chunk(self._backbone, told, cache, generator, alone=self._refiner is None)
         return Draft(told, x0, cache, heard, time.perf_counter() - began)
 
-    def _deliver(self, draft: Draft, final_cache: KVCache, samples: int) -> None:
+    def _deliver(self, draft: Draft, final_cache: KVCache | None, samples: int) -> None:
         """Move on by one chunk. Nothing moves before: after a failure the same chunk can be asked for again."""
         self.draft_cache, self.final_cache, self.heard = draft.cache, final_cache, draft.heard
         self.waiting.drop(samples)

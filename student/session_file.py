@@ -47,7 +47,9 @@ def save(session: Session, folder: Path) -> Path:
         "waiting": session.waiting.look(0, session.waiting.length),
     }
     for name in CACHES:
-        cache: KVCache = getattr(session, name)
+        cache: KVCache | None = getattr(session, name)
+        if cache is None:  # no refiner
+            continue
         caches[name] = {"sink": len(cache.sink), "window": len(cache.window), "seen": cache.seen}
         for place, chunks in (("sink", cache.sink), ("window", cache.window)):
             for number, chunk in enumerate(chunks):
@@ -83,8 +85,7 @@ def resume(model: OnlineLPM, folder: Path) -> Session:
     session.heard = Heard(tensors["heard.features"].cpu(), tensors["heard.samples"].cpu(), facts["frames"])
     session.waiting.push(tensors["waiting"].cpu())
     depth = model.backbone.dit.config.depth
-    for name in CACHES:
-        shape = facts["caches"][name]
+    for name, shape in facts["caches"].items():
         parts = {
             place: tuple(_chunk(tensors, f"{name}.{place}.{number}", depth) for number in range(shape[place]))
             for place in ("sink", "window")

@@ -48,10 +48,11 @@ class AdaptedDiT(DiT):
         positions: Tensor,
         context: list[list[KV]] | None,
         mask: Blocks | None = None,
+        r: Tensor | None = None,
         keep: bool = True,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         with using(self.adapters):
-            return self.base.run(x, t, cond, positions, context, mask, keep)
+            return self.base.run(x, t, cond, positions, context, mask, r, keep)
 
     def merged(self) -> dict[str, Tensor]:
         """The plain weights that give the same network without adapters, by the names of a DiT (and the heads')."""
