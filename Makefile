@@ -23,7 +23,7 @@ RUN_IT = $(PYTHON) -m distill
 
 .DEFAULT_GOAL := help
 .PHONY: help online-lpm data teacher keep-teacher trajectories distill distill-stage1 distill-stage2 distill-stage3 distill-stage4 \
-        export evaluate report doctor lineage recipes validate runs diff test mutants objectives lint types gpu ci smoke clean clean-venv
+        export evaluate report ablate score doctor lineage recipes validate runs diff test mutants objectives lint types gpu ci smoke clean clean-venv
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -75,6 +75,12 @@ report: $(VENV)/.installed ## write the report of a run again from its scores
 
 doctor: $(VENV)/.installed ## check this machine: OK, WARN or FAIL lines, each with its remedy
 	@$(RUN_IT) doctor
+
+ablate: $(VENV)/.installed ## train and score the cells of GRID=recipes/ablations/<name>.yaml (JOBS=2 at once, DRY=1: list them)
+	@$(RUN_IT) ablate --grid '$(GRID)' --jobs '$(JOBS)' --dry '$(DRY)' --name '$(RUN)' $(filter --quick --smoke,$(ARGS))
+
+score: $(VENV)/.installed ## measure the last stage of RUN= alone, for make compare
+	@$(RUN_IT) score $(ARGS)
 
 lineage: $(VENV)/.installed ## draw the family tree of RUN= or PARENT=
 	@$(RUN_IT) lineage $(ARGS)

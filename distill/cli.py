@@ -59,6 +59,22 @@ COMMANDS = {
     "evaluate": Command(
         "measure teacher and student on held-out characters and speech", "distill.pipeline:evaluate", several=True
     ),
+    "ablate": Command(
+        "train and score every cell of a grid with every seed; what is done or shared is not done again",
+        "distill.ablate:ablate",
+        own=(
+            ("grid", "the grid's YAML, recipes/ablations/<name>.yaml"),
+            ("name", "the grid's folder under runs/ (default: its name)"),
+            ("jobs", "processes at once (default 1)"),
+            ("dry", "only list the cells and the predicted minutes"),
+        ),
+        quiet=True,
+    ),
+    "score": Command(
+        "measure one stage of a run, its student alone",
+        "distill.score:score",
+        own=(("stage", "default: the last one that is done"),),
+    ),
     "report": Command("write the report of a run from its scores", "distill.pipeline:report", several=True),
     "lineage": Command(
         "draw the family tree of a run's newest checkpoint, or of --parent", "distill.listing:family", quiet=True

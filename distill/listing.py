@@ -5,6 +5,7 @@ Every listing takes the command line's Options and returns what is printed; none
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,11 @@ def recipes(options: Options) -> str:
 def validate(options: Options) -> str:
     """Load a recipe as it is and in each variant; UserError with every problem, else what it would do."""
     if options.recipe is None:
-        raise UserError("Nothing to check: give RECIPE=recipes/tiny/stage2_dmd.yaml.")
+        raise UserError("Nothing to check: give RECIPE=recipes/tiny/stage2_dmd.yaml, or a grid.")
+    if "stages" in read(options.recipe).data:
+        from distill.ablate import check  # torch comes with it
+
+        return check(options.recipe, (None, *VARIANTS))
     problems: list[str] = []
     for variant in (None, *VARIANTS):
         try:
@@ -119,6 +124,13 @@ def diff(options: Options) -> str:
     ]
     title = f"{one.path} ({one.hash[:12]}) -> {other.path} ({other.hash[:12]})"
     return "\n".join([title, *(lines or ["  nothing differs"])])
+
+
+def columns(rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:
+    """Rows of text under a head, every column as wide as it needs."""
+    lines = [list(head), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -50,7 +50,7 @@ def train_stage(options: Options, stage: str) -> None:
     """Train one stage, from its parent's checkpoint."""
     recipe = options.load(stage)
     folder = run_folder(options.run)
-    _need_data(recipe)
+    need_data(recipe)
     teacher = None if stage == "teacher" else find_teacher(recipe, folder)
     parent = _parent(recipe, folder, teacher, options.parent)
     source = dataset.load(Path(recipe.data.path), "train")
@@ -89,7 +89,7 @@ def make(options: Options, folder: Path) -> None:
     """Sample the trajectories unless they are there."""
     several = Options(**{**vars(options), "several": True})
     recipe = several.load("trajectories")
-    _need_data(recipe)
+    need_data(recipe)
     origin = find_teacher(recipe, folder)
     target = folder / "trajectories"
     if (target / checkpoint.MANIFEST).is_file():
@@ -130,7 +130,7 @@ def keep(options: Options) -> None:
 def evaluate(options: Options) -> None:
     """Measure every row that the run has, and write scores and report."""
     recipe, folder = options.load("stage4"), run_folder(options.run)
-    _need_data(recipe)
+    need_data(recipe)
     setup = Path(sys.prefix) / ".setup_seconds"  # written by the Makefile
     with _timed(options, "evaluation"):
         bench = Bench(Path(recipe.data.path), recipe.evaluation or BenchConfig(), folder / "report" / "rows")
@@ -215,7 +215,8 @@ def _parent(recipe: Recipe, folder: Path, teacher: Manifest | None, override: st
     return manifest
 
 
-def _need_data(recipe: Recipe) -> None:
+def need_data(recipe: Recipe) -> None:
+    """Prepare the recipe's data set and its identity embedder unless they are there."""
     prepare_once = Path(recipe.data.path)
     if not (prepare_once / "fingerprint.json").is_file():
         print(f"{prepare_once} is missing: preparing it first.", flush=True)

@@ -42,13 +42,14 @@ class Source:
 
     data: dict[str, Any]
     where: dict[KeyPath, str] = field(default_factory=dict)
+    folders: list[Path] = field(default_factory=list)  # of the files, the last one laid on top first
 
 
 class Report:
     """Collects problems, each with its place, so that a user mends a recipe in one round."""
 
     def __init__(self, source: Source, title: str) -> None:
-        self.where, self.title = source.where, title
+        self.where, self.folders, self.title = source.where, source.folders, title
         self.problems: list[str] = []
 
     def place(self, path: KeyPath) -> str:
@@ -120,10 +121,10 @@ def read_yaml(path: Path) -> Source:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML ({error}).") from None
     if data is None:
-        return Source({})
+        return Source({}, folders=[path.parent])
     if not isinstance(data, dict):
         raise UserError(f"{path}:1: a recipe is a mapping of keys to values, this is a {type(data).__name__}.")
-    source = Source(data)
+    source = Source(data, folders=[path.parent])
     _mark(node, (), path, source.where)
     return source
 
@@ -149,7 +150,7 @@ def merge(base: Source, over: Source) -> Source:
     where = dict(base.where)
     data = _merge(base.data, over.data, (), where)
     where.update(over.where)
-    return Source(data, where)
+    return Source(data, where, [*over.folders, *base.folders])
 
 
 def _merge(base: Any, over: Any, path: KeyPath, where: dict[KeyPath, str]) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from distill.config import Recipe, fingerprint
+from distill.config import Recipe, fingerprint, own_files
 from distill.errors import ExitCode, UserError
 from distill.state.checkpoint import MANIFEST, file_hash, newest, read_manifest
 
@@ -90,7 +90,7 @@ def describe(
         "recipe_sha256": fingerprint(recipe),
         "parent": None if parent is None else {"path": str(parent.path), "manifest_sha256": parent.hash},
         "data_fingerprint": data_fingerprint,
-        "code": code_version(),
+        "code": {**code_version(), **{f"{name}.py": file_hash(path) for name, path in own_files(recipe).items()}},
         "metrics": metrics or {},
         "environment": environment(),
     }
