@@ -23,7 +23,7 @@ RUN_IT = $(PYTHON) -m distill
 
 .DEFAULT_GOAL := help
 .PHONY: help online-lpm data teacher keep-teacher trajectories distill distill-stage1 distill-stage2 distill-stage3 distill-stage4 \
-        export evaluate report ablate score doctor lineage recipes validate runs diff test mutants objectives lint types gpu ci smoke clean clean-venv
+        export evaluate report ablate score compare doctor lineage recipes validate runs diff test mutants objectives lint types gpu ci smoke clean clean-venv
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -81,6 +81,9 @@ ablate: $(VENV)/.installed ## train and score the cells of GRID=recipes/ablation
 
 score: $(VENV)/.installed ## measure the last stage of RUN= alone, for make compare
 	@$(RUN_IT) score $(ARGS)
+
+compare: $(VENV)/.installed ## one page that holds RUNS="grid" or RUNS="a b" side by side (BASELINE=arm, OUT=folder)
+	@$(RUN_IT) compare --runs '$(RUNS)' --baseline '$(BASELINE)' --out '$(OUT)'
 
 lineage: $(VENV)/.installed ## draw the family tree of RUN= or PARENT=
 	@$(RUN_IT) lineage $(ARGS)

@@ -75,6 +75,16 @@ COMMANDS = {
         "distill.score:score",
         own=(("stage", "default: the last one that is done"),),
     ),
+    "compare": Command(
+        "put runs, or the cells of a grid, side by side: scores with paired differences, curves, films, cost",
+        "distill.compare:compare",
+        own=(
+            ("runs", "grids and runs, 'a b c'; run:stage2 for that row of a run"),
+            ("baseline", "the arm that the others are held against (default: the grid's, or the first)"),
+            ("out", "folder of the page (default: beside the grid, or runs/compare/)"),
+        ),
+        quiet=True,
+    ),
     "report": Command("write the report of a run from its scores", "distill.pipeline:report", several=True),
     "lineage": Command(
         "draw the family tree of a run's newest checkpoint, or of --parent", "distill.listing:family", quiet=True

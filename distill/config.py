@@ -356,7 +356,7 @@ def _optimizer(data: dict[str, Any], roles: list[str], report: Report) -> None:
 
 
 def _rollouts(kind: str, own: str) -> dict[str, tuple[Callable[..., Any], type]]:
-    """Every rollout by kind, with its Config: ROLLOUTS of distill.rollout, of each recipe module and of the own file."""
+    """Every rollout by kind, with its Config: ROLLOUTS of distill.rollout, of the recipe modules, of the own file."""
     found: dict[str, tuple[Callable[..., Any], type]] = {}
     places = [importlib.import_module("distill.rollout"), *map(modules.load, modules.shipped())]
     for module in [*places, *([modules.load(kind, own)] if own else [])]:

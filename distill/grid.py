@@ -46,7 +46,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid as written. Keys of `set` and `grid` belong to the last stage; `stage1.key` to stage 1, `all.key` to all."""
+    """A grid as written. A key of `set` and `grid` is of the last stage, `stage1.key` of stage 1, `all.key` of all."""
 
     name: str
     stages: tuple[str, ...]
