@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from evaluation.crossed import by_cluster, crossed, holm, p_value
+from evaluation.crossed import adjust, by_cluster, crossed, p_value
 from evaluation.drift import Drift
 from evaluation.metrics import COSTS, METRICS, Metric
 
@@ -39,7 +39,7 @@ class Arm:
 @dataclass(frozen=True)
 class Contrast:
     """An arm against the baseline in one metric. difference: of the values, arm - baseline; error: of the distances
-    from ideal, negative when the arm is better, and what the test is about; adjusted: p after Holm over all tests."""
+    from ideal, negative when the arm is better, and what the test is about; adjusted: p for there being many tests."""
 
     difference: float
     difference_se: float
@@ -82,7 +82,7 @@ def contrast(arms: Sequence[Arm], baseline: str, cluster: Tensor) -> dict[str, d
         for metric in tested():
             if arm is not base and metric.key in arm.values and metric.key in base.values:
                 found[arm.name, metric.key] = _pair(arm, base, metric, cluster)
-    adjusted = holm([entry.p for entry in found.values()])
+    adjusted = adjust([entry.p for entry in found.values()])
     out: dict[str, dict[str, Contrast]] = {arm.name: {} for arm in arms if arm is not base}
     by_key = {metric.key: metric for metric in METRICS}
     for ((name, key), entry), p in zip(found.items(), adjusted, strict=True):

@@ -43,6 +43,7 @@ STYLE = """
 .diff td { font-family:ui-monospace,Menlo,Consolas,monospace; font-size:.8rem; white-space:normal;
   word-break:break-word; text-align:left; min-width:110px; vertical-align:top } .diff thead th { text-align:left }
 .diff tbody th { font-family:ui-monospace,Menlo,Consolas,monospace; font-size:.8rem; font-weight:400 }
+.verdict.even { background:var(--soft) } .even .seal { background:var(--quiet) }
 .rank { list-style:none; margin:14px 0 0; padding:0 } .rank li { padding:10px 0; border-top:1px solid var(--line);
   max-width:90ch } .dotted { display:inline-block; width:10px; height:10px; border-radius:50%; margin-right:8px }
 .player { display:flex; flex-wrap:wrap; gap:10px 14px; align-items:center; margin:14px 0 12px }
@@ -67,7 +68,7 @@ SCRIPT = """
   const seek = (t) => all((film) => { film.currentTime = t; });
   const state = (on) => { playing = on; button.textContent = on ? "❚❚ Pause" : "▶ Play all"; };
   const play = () => { state(true); all((film, i) => { film.muted = i > 0; film.play().catch(() => {}); }); };
-  const pause = () => { state(false); all((film) => film.pause()); };
+  const pause = () => { state(false); all((film) => film.pause()); if (films[0]) seek(films[0].currentTime); };
   const choose = (k) => {
     const went = playing; pause();
     reels.forEach((reel, i) => { reel.hidden = i !== k; });
@@ -161,7 +162,8 @@ def figures(comparison: Comparison) -> dict[str, Any]:
 def html(comparison: Comparison) -> str:
     """The page."""
     contrasts = contrast(comparison.arms, comparison.baseline, comparison.cluster)
-    marks = [entry.mark for found in contrasts.values() for entry in found.values()]
+    ahead = any(better > worse for _, better, worse in ranking(comparison.arms, contrasts))
+    kind = "worked" if ahead else "even"
     first = comparison.arms[0]
     films = "".join(reel(each, k) for k, each in enumerate(comparison.reels))
     player = watch(comparison.reels, films) if films else ""
@@ -170,7 +172,7 @@ def html(comparison: Comparison) -> str:
     body = [
         STYLE,
         f'<h1>{escape(comparison.title)}</h1><p class="quiet">{escape(told_setting(comparison))}</p>',
-        f'<div class="verdict worked"><div class="seal">{"▲" if "better" in marks else "≈"}</div><div>'
+        f'<div class="verdict {kind}"><div class="seal">{"≈" if kind == "even" else "▲"}</div><div>'
         f"<b>{escape(headline(comparison, contrasts))}</b></div></div>",
         section("Ranking", escape(how_many(comparison)), rank_items(comparison, contrasts), 'ul class="rank"'),
         section("Scores", escape(HOW), score_table(comparison, contrasts)),
@@ -190,9 +192,9 @@ def html(comparison: Comparison) -> str:
 
 HOW = (
     "Mean with standard error; under it the paired difference to the baseline on the same clips with the same seeds. "
-    "▲ better, ▼ worse: holds after Holm's correction for all differences of the table (5% that even one mark is "
-    "chance). △ ▽: below 5% taken alone. No mark: could be chance, or is too small to be noticed. Seeds and identities "
-    "are both counted as draws: with few seeds only what every seed shows is sure."
+    "▲ better, ▼ worse: holds although so many differences are tested (after Benjamini and Hochberg, 5% of these marks "
+    "are expected to be chance). △ ▽: below 5% taken alone. No mark: could be chance, or too small to be noticed. "
+    "Seeds and identities both count as draws: with few seeds, only what every seed shows is sure."
 )
 
 

@@ -79,13 +79,13 @@ def p_value(mean: float, se: float, df: float) -> float:
     return float(betainc(df / 2, 0.5, 0, df / (df + t2), regularized=True))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values adjusted for there being so many of them (Holm 1979): the chance of even one false mark stays
-    under the level, however the tests hang together. NaN stays NaN and does not count."""
-    known = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
+def adjust(p_values: Sequence[float]) -> list[float]:
+    """The p-values adjusted for there being so many (Benjamini & Hochberg 1995): of what stays below 0.05, one in
+    twenty is expected to be chance; where nothing differs at all, even one is as unlikely. NaN does not count."""
+    known = sorted(((p, i) for i, p in enumerate(p_values) if not math.isnan(p)), reverse=True)
     adjusted = [math.nan] * len(p_values)
-    highest = 0.0
-    for rank, (p, i) in enumerate(known):
-        highest = max(highest, min(1.0, (len(known) - rank) * p))
-        adjusted[i] = highest
+    lowest = 1.0
+    for above, (p, i) in enumerate(known):
+        lowest = min(lowest, p * len(known) / (len(known) - above))
+        adjusted[i] = lowest
     return adjusted
