@@ -77,7 +77,8 @@ doctor: $(VENV)/.installed ## check this machine: OK, WARN or FAIL lines, each w
 	@$(RUN_IT) doctor
 
 ablate: $(VENV)/.installed ## train and score the cells of GRID=recipes/ablations/<name>.yaml (JOBS=2 at once, DRY=1: list them)
-	@$(RUN_IT) ablate --grid '$(GRID)' --jobs '$(JOBS)' --dry '$(DRY)' --name '$(RUN)' $(filter --quick --smoke,$(ARGS))
+	@$(RUN_IT) ablate --grid '$(GRID)' --jobs '$(JOBS)' --dry '$(DRY)' --seeds '$(SEEDS)' --name '$(RUN)' \
+	  $(if $(PARENT),--parent '$(PARENT)') $(if $(SET),--set '$(SET)') $(filter --quick --smoke,$(ARGS))
 
 score: $(VENV)/.installed ## measure the last stage of RUN= alone, for make compare
 	@$(RUN_IT) score $(ARGS)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distill.config import load
 from distill.errors import ExitCode, UserError
-from distill.grid import SCORE, SHARED, Plan, plan
+from distill.grid import SCORE, SHARED, Choice, Plan, plan
 from distill.jobs import run_all
 from distill.listing import columns
 from distill.options import Options
@@ -24,14 +24,16 @@ def ablate(options: Options) -> str:
     """Run the grid GRID=; with DRY=1 only say what would run."""
     if not options.own.get("grid"):
         raise UserError("No grid was named: give GRID=recipes/ablations/stage1_losses.yaml.")
-    path, name = Path(options.own["grid"]), options.own.get("name") or None
-    count = _count(options.own.get("jobs", ""))
-    found = plan(path, name, options.variant)
+    path, count = Path(options.own["grid"]), _count(options.own.get("jobs", ""))
+    asked = Choice(
+        options.own.get("name", ""), options.variant, options.overrides, _seeds(options), options.parent or ""
+    )
+    found = plan(path, asked)
     if options.own.get("dry"):
         return describe(found, count)
     first = next(iter(found.jobs.values()))
     need_data(load(first.recipe, first.overrides, first.variant))
-    found = plan(path, name, options.variant)  # the keys hold the data's fingerprint, which exists by now
+    found = plan(path, asked)  # the keys hold the data's fingerprint, which exists by now
     folder = run_folder(found.run)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "grid.yaml", path.read_text(encoding="utf-8"))
@@ -71,12 +73,19 @@ def check(path: Path, variants: tuple[str | None, ...]) -> str:
     problems: list[str] = []
     for variant in variants:
         try:
-            plan(path, None, variant)
+            plan(path, Choice(variant=variant))
         except UserError as error:
             problems += [line for line in error.message.splitlines() if line not in problems]
     if problems:
         raise UserError("\n".join(problems))
     return describe(plan(path))
+
+
+def _seeds(options: Options) -> tuple[int, ...]:
+    words = options.own.get("seeds", "").split()
+    if not all(word.isdigit() for word in words):
+        raise UserError(f"SEEDS='{options.own['seeds']}' are no numbers: give SEEDS='0 1 2'.")
+    return tuple(map(int, words))
 
 
 def _count(text: str) -> int:

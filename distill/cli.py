@@ -63,7 +63,8 @@ COMMANDS = {
         "train and score every cell of a grid with every seed; what is done or shared is not done again",
         "distill.ablate:ablate",
         own=(
-            ("grid", "the grid's YAML, recipes/ablations/<name>.yaml"),
+            ("grid", "recipes/ablations/<name>.yaml; or a recipe, which is held against the one it extends"),
+            ("seeds", "instead of the grid's, '0 1 2'"),
             ("name", "the grid's folder under runs/ (default: its name)"),
             ("jobs", "processes at once (default 1)"),
             ("dry", "only list the cells and the predicted minutes"),

@@ -24,7 +24,7 @@ from distill.errors import UserError
 from distill.pipeline import NEEDS_TRAJECTORIES
 from distill.roles import find_teacher
 from distill.runs import run_folder
-from distill.schema import Report, build, choice
+from distill.schema import Report, Source, build, choice, parse_value, read_yaml
 from distill.state import lineage
 
 TRAINED = ("stage1", "stage2", "stage3", "stage4")
@@ -126,20 +126,50 @@ class Plan:
         return list({part.key: part for part in [*above, job]}.values())
 
 
-def is_grid(path: Path) -> bool:
-    """Whether a YAML file is a grid and not a recipe."""
-    data = config.read(path).data
-    return "stage" not in data and "stages" in data
+@dataclass(frozen=True)
+class Choice:
+    """What the command line adds to a grid: its folder, a variant, overrides (as in `set`), seeds, a parent."""
+
+    run: str = ""
+    variant: str | None = None
+    overrides: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    parent: str = ""
 
 
-def read_grid(path: Path, variant: str | None = None) -> Grid:
-    """The checked grid, or one UserError with all that is wrong with the file itself."""
-    source = config.read(path, (), variant)
+def read_grid(path: Path, choice: Choice = Choice()) -> Grid:
+    """The checked grid, or one UserError with all that is wrong with the file itself.
+
+    A recipe is a grid too: of itself and the recipe that it extends, its baseline.
+    """
+    source = config.read(path, (), choice.variant)
+    source = of_recipe(path, source, choice) if "stage" in source.data else source
     report = Report(source, str(path))
     grid = build(Grid, dict(source.data), (), report)
     report.stop_if_any()
     assert isinstance(grid, Grid)
-    return grid
+    more = dict(_split(text) for text in choice.overrides)
+    changes = {"seeds": choice.seeds or grid.seeds, "parent": choice.parent or grid.parent}
+    return replace(grid, set={**grid.set, **more}, **changes)
+
+
+def of_recipe(path: Path, source: Source, choice: Choice) -> Source:
+    """The grid of a recipe and its base: the stages before it as the scale has them, or none when a parent is given."""
+    extends = read_yaml(path).data.get("extends")
+    base = None if extends is None else path.parent / str(extends)
+    stage, scale = str(source.data["stage"]), str(source.data.get("scale", "tiny"))
+    if base is None or config.read(base).data.get("stage") != stage:
+        raise UserError(
+            f"{path} is a recipe that extends no other {stage}: name a grid, or extend what to compare with."
+        )
+    stages, above = [stage], source.data.get("parent")
+    while above in TRAINED and not choice.parent:
+        stages.insert(0, str(above))
+        above = config.read(default_recipe(str(above), scale)).data.get("parent")
+    common = Path("recipes/ablations/base.yaml")
+    shared = config.read(common, (), choice.variant).data if common.is_file() and scale == "tiny" else {}
+    cells = [{"name": base.stem, "recipe": str(base.resolve())}, {"name": path.stem, "recipe": str(path.resolve())}]
+    return Source({**shared, "name": path.stem, "scale": scale, "stages": stages, "cells": cells}, {}, source.folders)
 
 
 def expand(grid: Grid) -> list[Cell]:
@@ -165,16 +195,17 @@ def expand(grid: Grid) -> list[Cell]:
     return out
 
 
-def plan(path: Path, run: str | None = None, variant: str | None = None) -> Plan:
+def plan(path: Path, choice: Choice = Choice()) -> Plan:
     """All jobs of the grid at `path`; one UserError with every problem of its recipes."""
-    grid = read_grid(path, variant)
-    run = run or f"{grid.name}{f'-{variant}' if variant else ''}"
+    grid, variant = read_grid(path, choice), choice.variant
+    run = choice.run or f"{grid.name}{f'-{variant}' if variant else ''}"
     jobs: dict[str, Job] = {}
     ends: dict[tuple[str, int], str] = {}
     problems: list[str] = []
+    reader = Reader(grid, path.parent, variant)
     for cell, seed in itertools.product(expand(grid), grid.seeds):
         try:
-            for job in _chain(grid, cell, seed, path.parent, f"{run}/{cell.name}-seed{seed}", variant):
+            for job in _chain(reader, cell, seed, f"{run}/{cell.name}-seed{seed}"):
                 jobs.setdefault(job.key, job)
                 ends[cell.name, seed] = job.key
         except UserError as error:
@@ -185,68 +216,94 @@ def plan(path: Path, run: str | None = None, variant: str | None = None) -> Plan
     return Plan(grid, path, run, jobs, ends)
 
 
-def _chain(grid: Grid, cell: Cell, seed: int, base: Path, run: str, variant: str | None) -> list[Job]:
+class Reader:
+    """Reads the recipes of a grid's cells, each once, with what decides their results."""
+
+    def __init__(self, grid: Grid, base: Path, variant: str | None):
+        self.grid, self.base, self.variant = grid, base, variant
+        self.known: dict[tuple[Path, tuple[str, ...]], tuple[Recipe, dict[str, Any]]] = {}
+
+    def read(self, stage: str, path: Path, overrides: tuple[str, ...]) -> tuple[Recipe, dict[str, Any]]:
+        """The checked recipe and its facts."""
+        if (path, overrides) not in self.known:
+            recipe = load(path, overrides, self.variant)
+            if recipe.stage != stage:
+                raise UserError(f"{path} is a recipe of {recipe.stage} but {stage} is asked for.")
+            self.known[path, overrides] = recipe, _facts(recipe)
+        return self.known[path, overrides]
+
+
+def _chain(reader: Reader, cell: Cell, seed: int, run: str) -> list[Job]:
     """The jobs of one cell with one seed, first things first; the last one scores it."""
+    grid, variant = reader.grid, reader.variant
     jobs: list[Job] = []
     links: list[tuple[str, str]] = []
     above = _hash(lineage.read(grid.parent).hash) if grid.parent else ""
     for stage in cell.stages:
         last = stage == cell.stages[-1]
         own_seed = seed if last or grid.parents == "per_seed" else grid.seeds[0]
-        path, overrides = _recipe_of(stage, cell, grid, base, variant)
+        path, overrides = _recipe_of(stage, cell, reader)
         overrides = (*overrides, f"seed={own_seed}")
-        recipe = load(path, overrides, variant)
-        _same_stage(recipe, stage, path)
+        recipe, facts = reader.read(stage, path, overrides)
         needs = [jobs[-1].key] if jobs and jobs[-1].stage in TRAINED else []
         if recipe.rollout is not None and recipe.rollout.kind in NEEDS_TRAJECTORIES:
             known = next((job for job in jobs if job.stage == "trajectories"), None)
-            source = known or _trajectories(grid, cell, base, variant)
+            source = known or _trajectories(reader, cell)
             jobs += [] if known else [source]
             links += [] if known else [("trajectories", source.run)]
             needs.append(source.key)
-        facts = _facts(recipe)
         key = _hash(facts, above, *needs)
         where = run if last else f"{SHARED}/{stage}-{key[:12]}"
-        jobs.append(
-            Job(
-                stage,
-                where,
-                key,
-                _hash({**facts, "recipe": {**recipe.resolved, "seed": 0}}),
-                path,
-                overrides,
-                tuple(needs),
-                tuple(links),
-                grid.parent if stage == cell.stages[0] else "",
-                _expected(grid, stage, recipe.train.steps),
-                recipe.train.steps,
-                variant,
-            )
+        job = Job(
+            stage=stage,
+            run=where,
+            key=key,
+            family=_hash({**facts, "recipe": {**recipe.resolved, "seed": 0}}),
+            recipe=path,
+            overrides=overrides,
+            needs=tuple(needs),
+            links=tuple(links),
+            parent=grid.parent if stage == cell.stages[0] else "",
+            expected=_expected(grid, stage, recipe.train.steps),
+            steps=recipe.train.steps,
+            variant=variant,
         )
+        jobs.append(job)
         links.append((stage, where))
         above = key
     chosen = tuple(_override(f"evaluation.{key}", value) for key, value in grid.evaluation.items())
-    load(jobs[-1].recipe, (*jobs[-1].overrides, *chosen), variant)  # are the evaluation's keys right?
-    key = _hash(jobs[-1].key, grid.evaluation)
-    family = _hash(grid.evaluation, SCORE)
-    scored = replace(jobs[-1], stage=SCORE, key=key, family=family, overrides=chosen, needs=(jobs[-1].key,), steps=0)
-    return [*jobs, replace(scored, links=(), expected=grid.step_seconds.get(SCORE))]
+    reader.read(jobs[-1].stage, jobs[-1].recipe, (*jobs[-1].overrides, *chosen))  # are the evaluation's keys right?
+    return [*jobs, _scoring(grid, jobs[-1], chosen)]
 
 
-def _trajectories(grid: Grid, cell: Cell, base: Path, variant: str | None) -> Job:
-    path, overrides = _recipe_of("trajectories", cell, grid, base, variant)
-    recipe = load(path, overrides, variant)
-    facts = _facts(recipe)
-    key, count = _hash(facts), recipe.trajectories.count
+def _scoring(grid: Grid, trained: Job, chosen: tuple[str, ...]) -> Job:
+    return replace(
+        trained,
+        stage=SCORE,
+        key=_hash(trained.key, grid.evaluation),
+        family=_hash(grid.evaluation, SCORE),
+        overrides=chosen,
+        needs=(trained.key,),
+        links=(),
+        parent="",
+        expected=grid.step_seconds.get(SCORE),
+        steps=0,
+    )
+
+
+def _trajectories(reader: Reader, cell: Cell) -> Job:
+    path, overrides = _recipe_of("trajectories", cell, reader)
+    recipe, facts = reader.read("trajectories", path, overrides)
+    key = _hash(facts)
     where = f"{SHARED}/trajectories-{key[:12]}"
-    expected = _expected(grid, "trajectories", count)
-    return Job("trajectories", where, key, key, path, overrides, expected=expected, variant=variant)
+    expected = _expected(reader.grid, "trajectories", recipe.trajectories.count)
+    return Job("trajectories", where, key, key, path, overrides, expected=expected, variant=reader.variant)
 
 
-def _recipe_of(stage: str, cell: Cell, grid: Grid, base: Path, variant: str | None) -> tuple[Path, tuple[str, ...]]:
+def _recipe_of(stage: str, cell: Cell, reader: Reader) -> tuple[Path, tuple[str, ...]]:
     """The recipe file of a stage, and the overrides that are meant for it."""
     given = cell.recipes.get(stage)
-    path = base / given if given else default_recipe(stage, grid.scale)
+    path = reader.base / given if given else default_recipe(stage, reader.grid.scale)
     mine = []
     for key, value in cell.set.items():
         where, _, rest = key.partition(".")
@@ -276,14 +333,16 @@ def _facts(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _same_stage(recipe: Recipe, stage: str, path: Path) -> None:
-    if recipe.stage != stage:
-        raise UserError(f"{path} is a recipe of {recipe.stage} but {stage} is asked for.")
-
-
 def _expected(grid: Grid, stage: str, count: int) -> float | None:
     seconds = grid.step_seconds.get(stage)
     return None if seconds is None else START_SECONDS + seconds * count
+
+
+def _split(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"The override '{text}' is not of the form key.key=value.")
+    return key, parse_value(value)
 
 
 def _override(key: str, value: Any) -> str:

@@ -72,9 +72,9 @@ def run_all(plan: Plan, progress: Progress, count: int, stop: StopSignal) -> Non
             standing.write_state(plan, progress)
 
 
-def arguments(job: Job) -> list[str]:
-    """What a user would type after `python -m distill` to do a job alone."""
-    out = [job.stage, "--run", job.run]
+def command(job: Job) -> list[str]:
+    """What a user would type to do a job alone."""
+    out = [sys.executable, "-m", "distill", job.stage, "--run", job.run]
     out += ["--recipe", str(job.recipe)] if job.stage != SCORE else []
     out += ["--set", shlex.join(job.overrides)] if job.overrides else []
     out += ["--parent", job.parent] if job.parent else []
@@ -92,14 +92,14 @@ def _start(plan: Plan, job: Job, count: int) -> Running:
     path = _log(plan, job)
     path.parent.mkdir(parents=True, exist_ok=True)
     log = open(path, "a", encoding="utf-8")
-    command = [sys.executable, "-m", "distill", *arguments(job)]
-    print(f"$ {shlex.join(['python', *command[1:]])}", file=log, flush=True)
+    words = command(job)
+    print(f"$ {shlex.join(['python', *words[1:]])}", file=log, flush=True)
     environment = dict(os.environ)
     if count > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
     # In a session of its own: ctrl-C reaches this process alone, which passes it on once.
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+        words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment
     )
     return Running(job, process, log, time.monotonic())
 

@@ -63,13 +63,29 @@ def validate(options: Options) -> str:
 
 
 def runs(options: Options) -> str:
-    """Every run with its stages: status, step, how long ago it gave a sign of life; and its scores, if measured."""
+    """Every run with its stages: status, step, how long ago it gave a sign of life; and its scores, if measured.
+    A grid is a line with how many of its cells are done, and its cells under it."""
     lines = []
-    for folder in sorted(path for path in RUNS.glob("*") if path.is_dir()):
-        stages = [_stage(folder / stage) for stage in STAGES if (folder / stage).is_dir()]
-        lines.append(f"{folder.name:20} {', '.join(stages) or 'empty'}")
-        lines += [f"{'':20} {line}" for line in _scores(folder / "report" / "scores.json")]
+    for folder in sorted(path for path in RUNS.glob("*") if path.is_dir() and path.name != "compare"):
+        state = folder / "GRID.json"
+        if state.is_file():
+            cells = json.loads(state.read_text())["cells"]
+            done = sum(cell["state"] == "done" for cell in cells)
+            lines.append(f"{folder.name:20} grid, {done} of {len(cells)} cells done")
+            for cell in cells:
+                lines += _run(folder / f"{cell['cell']}-seed{cell['seed']}", "  ")
+                lines += [f"{'':22}{cell['state']}: {cell['reason']}"] if cell["reason"] else []
+        elif folder.name == "shared":
+            lines.append(f"{folder.name:20} {len(list(folder.iterdir()))} stages that cells of grids have in common")
+        else:
+            lines += _run(folder)
     return "\n".join(lines) if lines else "There are no runs yet: make online-lpm."
+
+
+def _run(folder: Path, indent: str = "") -> list[str]:
+    own = [stage for stage in STAGES if (folder / stage).is_dir() and not (folder / stage).is_symlink()]
+    name, stages = indent + folder.name, ", ".join(_stage(folder / stage) for stage in own)
+    return [f"{name:20} {stages or 'empty'}", *(f"{'':20} {line}" for line in _scores(folder / "report/scores.json"))]
 
 
 def _stage(folder: Path) -> str:
@@ -87,7 +103,8 @@ def _scores(path: Path) -> list[str]:
         return []
     scores = json.loads(path.read_text())
     lines = []
-    for row in ("teacher", "online_lpm"):
+    students = [row for row in scores if row.startswith("stage") or row == "online_lpm"]
+    for row in ("teacher", *students[-1:]):
         means = {label: scores.get(row, {}).get(key, {}).get("mean") for key, label in HEADLINE.items()}
         found = [f"{label} {mean:.3f}" for label, mean in means.items() if mean is not None]
         lines += [f"{row}: {', '.join(found)}"] if found else []

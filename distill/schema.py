@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +257,9 @@ def _leaf(hint: Any, data: Any, path: KeyPath, report: Report) -> Any:
         return None
     if hint is str and isinstance(data, int | float):
         data = str(data)
-    holder = OmegaConf.structured(make_dataclass("Leaf", [("value", hint)]))
+    if hint in (bool, int, float) and type(data) is hint:
+        return data  # most leaves: nothing to convert
+    holder = OmegaConf.structured(_leaf_class(hint))
     try:
         OmegaConf.update(holder, "value", data)
         value = holder.value
@@ -264,6 +267,11 @@ def _leaf(hint: Any, data: Any, path: KeyPath, report: Report) -> Any:
         report.add(path, str(error).splitlines()[0].replace("field 'value' is not Optional", "a value is needed here"))
         return None
     return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+
+
+@cache
+def _leaf_class(hint: Any) -> type:
+    return make_dataclass("Leaf", [("value", hint)])
 
 
 def _check_bounds(metadata: Any, value: Any, path: KeyPath, report: Report) -> None:

@@ -223,7 +223,7 @@ def told_setting(comparison: Comparison) -> str:
 
 def how_many(comparison: Comparison) -> str:
     """The ranking's rule."""
-    count = len(tested())
+    count = len(measured(comparison))
     return f"By the number of {count} measures that are surely better than the baseline's, less those surely worse."
 
 
@@ -255,7 +255,7 @@ def score_table(comparison: Comparison, contrasts: Mapping[str, Mapping[str, Con
     kind = {comparison.baseline: ' class="base"'}
     head = "".join(f"<th{kind.get(arm.name, '')}>{escape(arm.name)}</th>" for arm in comparison.arms)
     lines = []
-    for metric in tested():
+    for metric in measured(comparison):
         cells = []
         for arm in comparison.arms:
             entry = contrasts.get(arm.name, {}).get(metric.key)
@@ -265,6 +265,11 @@ def score_table(comparison: Comparison, contrasts: Mapping[str, Mapping[str, Con
         label = f"{escape(metric.label)} <small>{arrow(metric)}</small>"
         lines.append(f'<tr><th title="{escape(metric.meaning)}">{label}</th>{"".join(cells)}</tr>')
     return scroll(f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody>", "arms")
+
+
+def measured(comparison: Comparison) -> list[Metric]:
+    """The metrics that some arm has."""
+    return [metric for metric in tested() if any(metric.key in arm.values for arm in comparison.arms)]
 
 
 def difference_html(metric: Metric, entry: Contrast) -> str:
@@ -280,7 +285,7 @@ def difference(metric: Metric, entry: Contrast) -> str:
     if math.isnan(entry.difference):
         return "–"
     value = metric.show(entry.difference)
-    sign = "" if value.startswith("\u2212") or entry.difference <= 0 else "+"
+    sign = "+" if entry.difference > 0 and any(digit in value for digit in "123456789") else ""
     return f"{sign}{value} {GLYPHS[entry.mark]}".strip()
 
 
@@ -394,7 +399,7 @@ def markdown(comparison: Comparison) -> str:
     for name, _, _ in ranking(comparison.arms, contrasts):
         lines.append(f"* {name}: {sides(name, comparison, contrasts)}")
     lines += ["", *head]
-    for metric in tested():
+    for metric in measured(comparison):
         cells = []
         for arm in comparison.arms:
             entry = contrasts.get(arm.name, {}).get(metric.key)
