@@ -86,8 +86,8 @@ score: $(VENV)/.installed ## measure the last stage of RUN= alone, for make comp
 compare: $(VENV)/.installed ## one page that holds RUNS="grid" or RUNS="a b" side by side (BASELINE=arm, OUT=folder)
 	@$(RUN_IT) compare --runs '$(RUNS)' --baseline '$(BASELINE)' --out '$(OUT)'
 
-lineage: $(VENV)/.installed ## draw the family tree of RUN= or PARENT=
-	@$(RUN_IT) lineage $(ARGS)
+lineage: $(VENV)/.installed ## draw the family tree of RUN= or PARENT=, as text and as picture (OUT=file.svg)
+	@$(RUN_IT) lineage $(ARGS) --out '$(OUT)'
 
 recipes: $(VENV)/.installed ## list the recipes
 	@$(RUN_IT) recipes

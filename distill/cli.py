@@ -88,7 +88,10 @@ COMMANDS = {
     ),
     "report": Command("write the report of a run from its scores", "distill.pipeline:report", several=True),
     "lineage": Command(
-        "draw the family tree of a run's newest checkpoint, or of --parent", "distill.listing:family", quiet=True
+        "draw the family tree of a run's newest checkpoint, or of --parent, as text and as picture",
+        "distill.listing:family",
+        own=(("out", "file of the picture (default: lineage.svg in the run's folder)"),),
+        quiet=True,
     ),
     "recipes": Command("list the recipes", "distill.listing:recipes", quiet=True),
     "validate": Command(

@@ -1,6 +1,7 @@
 """What there is and how it differs, as text: recipes, runs, family trees, two checkpoints side by side.
 
-Every listing takes the command line's Options and returns what is printed; none computes or writes anything.
+Every listing takes the command line's Options and returns what is printed. None computes; only the family tree writes,
+its picture.
 """
 
 import json
@@ -12,8 +13,9 @@ from typing import Any
 from distill.config import STAGES, VARIANTS, load, read
 from distill.errors import UserError
 from distill.options import Options
-from distill.runs import FRESH_SECONDS, RUNS, read_status, run_folder
+from distill.runs import FRESH_SECONDS, RUNS, read_status, run_folder, write_text
 from distill.state import lineage
+from evaluation.plots import Node, standalone_tree
 
 HEADLINE = {"sync_corr": "sync", "identity_distance": "identity", "motion_ratio": "motion", "seam_ratio": "seams"}
 
@@ -112,8 +114,27 @@ def _scores(path: Path) -> list[str]:
 
 
 def family(options: Options) -> str:
-    """The family tree of PARENT=, or of the checkpoint furthest down the road in RUN=."""
-    return lineage.tree(options.parent or newest_stage(options.run))
+    """The family tree of PARENT=, or of the checkpoint furthest down the road in RUN=, and where its picture is: OUT=,
+    else lineage.svg in the run's folder."""
+    place = options.parent or newest_stage(options.run)
+    told, out = lineage.tree(place), options.own.get("out")
+    if options.parent and not out:
+        return told
+    path = Path(out) if out else run_folder(options.run) / "lineage.svg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, standalone_tree(tree_nodes(place)))
+    return f"{told}\nWrote {path}."
+
+
+def tree_nodes(place: str | Path) -> list[Node]:
+    """One node per generation, the eldest first."""
+    nodes: list[Node] = []
+    for manifest, named, remark in reversed(lineage.ancestors(place)):
+        name = manifest.stage if manifest else Path(named["path"]).name
+        step = f"step {manifest.step:,} · {manifest.scale} · " if manifest else ""
+        detail = f"{step}{named['manifest_sha256'][:8]}{f' · {remark}' if remark else ''}"
+        nodes.append(Node(name, detail, nodes[-1].name if nodes else None))
+    return nodes
 
 
 def newest_stage(run: str) -> Path:
