@@ -29,7 +29,7 @@ from teacher.embedder import IdentityEmbedder
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DATA = PrepareConfig(
-    train_identities=4, train_clips=1, validation_identities=1, test_identities=4, clip_frames=24, size=32, channels=8
+    train_identities=4, train_clips=1, validation_identities=3, test_identities=4, clip_frames=24, size=32, channels=8
 )
 SMALL = """
 scale: tiny
