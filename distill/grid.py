@@ -149,8 +149,8 @@ def read_grid(path: Path, choice: Choice = Choice()) -> Grid:
     report.stop_if_any()
     assert isinstance(grid, Grid)
     more = dict(_split(text) for text in choice.overrides)
-    changes = {"seeds": choice.seeds or grid.seeds, "parent": choice.parent or grid.parent}
-    return replace(grid, set={**grid.set, **more}, **changes)
+    seeds, parent = choice.seeds or grid.seeds, choice.parent or grid.parent
+    return replace(grid, set={**grid.set, **more}, seeds=seeds, parent=parent)
 
 
 def of_recipe(path: Path, source: Source, choice: Choice) -> Source:

@@ -45,7 +45,8 @@ def run_all(plan: Plan, progress: Progress, count: int, stop: StopSignal) -> Non
     passed_on = False
     todo = [job for job in plan.jobs.values() if progress.state[job.key] == "waiting"]
     expected = {job.key: standing.predicted(plan, job) or standing.UNKNOWN_SECONDS for job in todo}
-    with tqdm(total=sum(expected.values()), desc=plan.run, bar_format=BAR, disable=not sys.stderr.isatty()) as bar:
+    whole = sum(expected.values())
+    with tqdm(total=whole, desc=plan.run, bar_format=BAR, disable=not sys.stderr.isatty()) as bar:
         try:
             while True:
                 for ended in [one for one in running if one.process.poll() is not None]:
@@ -62,7 +63,7 @@ def run_all(plan: Plan, progress: Progress, count: int, stop: StopSignal) -> Non
                 standing.write_state(plan, progress)
                 if not running:
                     return
-                bar.n = round(min(bar.total, standing.spent(plan, progress, expected)), 1)
+                bar.n = round(min(whole, standing.spent(plan, progress, expected)), 1)
                 bar.refresh()
                 time.sleep(POLL_SECONDS)
         finally:  # a second ctrl-C, or a mistake of ours: leave no process behind
