@@ -35,8 +35,9 @@ RUN_IT = $(PYTHON) -m distill
 
 .DEFAULT_GOAL := help
 .PHONY: help online-lpm data teacher ar-teacher keep-teacher trajectories distill distill-stage1 distill-stage2 \
-        distill-stage3 distill-stage4 export consolidate evaluate report stream serve latency doctor lineage recipes \
-        validate plan runs diff import-wan gpu-check test mutants objectives lint types gpu ci smoke clean clean-venv
+        distill-stage3 distill-stage4 export consolidate evaluate report ablate score compare stream serve latency doctor \
+        lineage recipes validate plan runs diff import-wan gpu-check test mutants objectives lint types gpu ci smoke clean \
+        clean-venv
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -105,8 +106,18 @@ latency: $(VENV)/.installed ## time per chunk, first frame, memory over an hour,
 doctor: $(VENV)/.installed ## check this machine: OK, WARN or FAIL lines, each with its remedy
 	@$(RUN_IT) doctor
 
-lineage: $(VENV)/.installed ## draw the family tree of RUN= or PARENT=
-	@$(RUN_IT) lineage $(ARGS)
+ablate: $(VENV)/.installed ## train and score the cells of GRID=recipes/ablations/<name>.yaml (JOBS=2 at once, DRY=1: list them)
+	@$(RUN_IT) ablate --grid '$(GRID)' --jobs '$(JOBS)' --dry '$(DRY)' --seeds '$(SEEDS)' --name '$(RUN)' \
+	  $(if $(PARENT),--parent '$(PARENT)') $(if $(SET),--set '$(SET)') $(filter --quick --smoke,$(ARGS))
+
+score: $(VENV)/.installed ## measure the last stage of RUN= alone, for make compare
+	@$(RUN_IT) score $(ARGS)
+
+compare: $(VENV)/.installed ## one page that holds RUNS="grid" or RUNS="a b" side by side (BASELINE=arm, OUT=folder)
+	@$(RUN_IT) compare --runs '$(RUNS)' --baseline '$(BASELINE)' --out '$(OUT)'
+
+lineage: $(VENV)/.installed ## draw the family tree of RUN= or PARENT=, as text and as picture (OUT=file.svg)
+	@$(RUN_IT) lineage $(ARGS) --out '$(OUT)'
 
 recipes: $(VENV)/.installed ## list the recipes
 	@$(RUN_IT) recipes

@@ -77,6 +77,33 @@ COMMANDS = {
     "evaluate": Command(
         "measure teacher and student on held-out characters and speech", "distill.pipeline:evaluate", several=True
     ),
+    "ablate": Command(
+        "train and score every cell of a grid with every seed; what is done or shared is not done again",
+        "distill.ablate:ablate",
+        own=(
+            ("grid", "recipes/ablations/<name>.yaml; or a recipe, which is held against the one it extends"),
+            ("seeds", "instead of the grid's, '0 1 2'"),
+            ("name", "the grid's folder under runs/ (default: its name)"),
+            ("jobs", "processes at once (default 1)"),
+            ("dry", "only list the cells and the predicted minutes"),
+        ),
+        quiet=True,
+    ),
+    "score": Command(
+        "measure one stage of a run, its student alone",
+        "distill.score:score",
+        own=(("stage", "default: the last one that is done"),),
+    ),
+    "compare": Command(
+        "put runs, or the cells of a grid, side by side: scores with paired differences, curves, films, cost",
+        "distill.compare:compare",
+        own=(
+            ("runs", "grids and runs, 'a b c'; run:stage2 for that row of a run"),
+            ("baseline", "the arm that the others are held against (default: the grid's, or the first)"),
+            ("out", "folder of the page (default: beside the grid, or runs/compare/)"),
+        ),
+        quiet=True,
+    ),
     "report": Command("write the report of a run from its scores", "distill.pipeline:report", several=True),
     "stream": Command(
         "play a recording to a character of an Online LPM and film it",
@@ -112,7 +139,10 @@ COMMANDS = {
         ),
     ),
     "lineage": Command(
-        "draw the family tree of a run's newest checkpoint, or of --parent", "distill.listing:family", quiet=True
+        "draw the family tree of a run's newest checkpoint, or of --parent, as text and as picture",
+        "distill.listing:family",
+        own=(("out", "file of the picture (default: lineage.svg in the run's folder)"),),
+        quiet=True,
     ),
     "recipes": Command("list the recipes", "distill.listing:recipes", quiet=True),
     "validate": Command(

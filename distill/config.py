@@ -8,15 +8,14 @@ losses, rollouts and networks are checked against the dataclass beside their cod
 import hashlib
 import importlib
 import json
-import pkgutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import yaml
 
+from distill import modules
 from distill.errors import UserError
 from distill.schema import COMMAND_LINE, KeyPath, Report, Source, bounded, build, choice, merge, override, read_yaml
 
@@ -72,12 +71,13 @@ class DataRef:
 
 @dataclass(frozen=True)
 class TermSpec:
-    """One weighted loss: `config` is an instance of `recipes.<name>.Config`."""
+    """One weighted loss: `config` is an instance of the Config in the loss's file, `source` where that is."""
 
     name: str
     weight: float = 1.0
     ramp_steps: int = bounded(0, 0)
     config: Any = None
+    source: str = ""  # the path of a file outside the repository
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ class RolloutSpec:
 
     kind: str
     config: Any = None
+    source: str = ""  # as in TermSpec
 
 
 @dataclass(frozen=True)
@@ -190,19 +191,26 @@ def fingerprint(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(recipe.resolved, sort_keys=True).encode()).hexdigest()
 
 
-def term_function(name: str) -> Callable[..., Any]:
-    """`recipes.<name>.term`."""
-    return _recipe_module(name).term
+def term_function(name: str, source: str = "") -> Callable[..., Any]:
+    """The function `term` of a loss's file; `source` as in its TermSpec."""
+    return modules.load(name, source).term
 
 
-def head_function(name: str) -> Callable[..., Any] | None:
-    """`recipes.<name>.head`, which makes what a term learns on the critic's features; None where there is none."""
-    return getattr(_recipe_module(name), "head", None)
+def head_function(name: str, source: str = "") -> Callable[..., Any] | None:
+    """The function `head` of a loss's file, which makes what a term learns on the critic's features, or None."""
+    return getattr(modules.load(name, source), "head", None)
 
 
-def rollout_function(kind: str) -> Callable[..., Any]:
+def rollout_function(kind: str, source: str = "") -> Callable[..., Any]:
     """The rollout registered under `kind` in some module's ROLLOUTS."""
-    return _rollouts()[kind][0]
+    return _rollouts(kind, source)[kind][0]
+
+
+def own_files(recipe: Recipe) -> dict[str, Path]:
+    """Files of losses and rollouts that are not the repository's, by name."""
+    terms = {spec.name: spec.source for phase in recipe.phases for spec in phase.terms}
+    rollout = {} if recipe.rollout is None else {recipe.rollout.kind: recipe.rollout.source}
+    return {name: Path(source) for name, source in {**terms, **rollout}.items() if source}
 
 
 def differing_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -271,9 +279,18 @@ def _phases(data: dict[str, Any], report: Report) -> list[str]:
 
 def _term(name: str, block: Any, path: KeyPath, report: Report) -> TermSpec | None:
     block = {} if block is None else block
-    module = _recipe_module(name) if name in _recipe_names() else None
-    if module is None or not hasattr(module, "term"):
-        report.unknown(path, _recipe_names(), "there is no loss of this name in recipes/")
+    try:
+        source = modules.find(name, modules.shipped(), report.folders)
+        module = None if source is None else modules.load(name, source)
+    except UserError as error:
+        report.add(path, error.message)
+        return None
+    if module is None or not hasattr(module, "term") or not hasattr(module, "Config"):
+        lacks = "there is no loss of this name in recipes/ or beside the recipe"
+        if source:
+            report.add(path, f"{source} is no loss: it needs a dataclass Config and a function term")
+        else:
+            report.unknown(path, [*modules.shipped(), *modules.beside(report.folders)], lacks)
         return None
     if not isinstance(block, dict):
         report.add(path, f"a mapping is needed here, this is {block!r}")
@@ -281,7 +298,7 @@ def _term(name: str, block: Any, path: KeyPath, report: Report) -> TermSpec | No
     common = {key: block[key] for key in ("weight", "ramp_steps") if key in block}
     rest = {key: value for key, value in block.items() if key not in common}
     config = _config(module.Config, rest, path, report, ("weight", "ramp_steps"))
-    return build(TermSpec, {"name": name, **common, "config": config}, path, report)
+    return build(TermSpec, {"name": name, **common, "config": config, "source": source}, path, report)
 
 
 def _config(cls: type, block: dict[str, Any], path: KeyPath, report: Report, also: Iterable[str]) -> Any:
@@ -300,14 +317,20 @@ def _rollout(data: dict[str, Any], report: Report) -> None:
     if not isinstance(block, dict) or "kind" not in block:
         report.add(("rollout",), "a mapping with a `kind` is needed here")
         return
-    kinds = _rollouts()
-    if block["kind"] not in kinds:
+    kind = str(block["kind"])
+    try:
+        own = modules.find(kind, modules.shipped(), report.folders) or ""  # a rollout of one's own is named as its file
+        kinds = _rollouts(kind, own)
+    except UserError as error:
+        report.add(("rollout", "kind"), error.message)
+        return
+    if kind not in kinds:
         hint = f"one of {', '.join(sorted(kinds))}"
-        report.add(("rollout", "kind"), f"there is no rollout '{block['kind']}', it must be {hint}")
+        report.add(("rollout", "kind"), f"there is no rollout '{kind}', it must be {hint}")
         return
     rest = {key: value for key, value in block.items() if key != "kind"}
-    config = _config(kinds[block["kind"]][1], rest, ("rollout",), report, ("kind",))
-    data["rollout"] = RolloutSpec(block["kind"], config)
+    config = _config(kinds[kind][1], rest, ("rollout",), report, ("kind",))
+    data["rollout"] = RolloutSpec(kind, config, own)
 
 
 def _optimizer(data: dict[str, Any], roles: list[str], report: Report) -> None:
@@ -340,20 +363,13 @@ def _optimizer(data: dict[str, Any], roles: list[str], report: Report) -> None:
     data["optimizer"] = built
 
 
-def _recipe_names() -> list[str]:
-    return [info.name for info in pkgutil.iter_modules(importlib.import_module("recipes").__path__)]
-
-
-def _recipe_module(name: str) -> ModuleType:
-    return importlib.import_module(f"recipes.{name}")
-
-
-def _rollouts() -> dict[str, tuple[Callable[..., Any], type]]:
-    """Every rollout by kind: ROLLOUTS of distill.rollout and of each recipe module, with its Config."""
+def _rollouts(kind: str, own: str) -> dict[str, tuple[Callable[..., Any], type]]:
+    """Every rollout by kind, with its Config: ROLLOUTS of distill.rollout, of the recipe modules, of the own file."""
     found: dict[str, tuple[Callable[..., Any], type]] = {}
-    for module in [importlib.import_module("distill.rollout"), *map(_recipe_module, _recipe_names())]:
-        for kind, entry in getattr(module, "ROLLOUTS", {}).items():
-            found[kind] = entry if isinstance(entry, tuple) else (entry, module.Config)
+    places = [importlib.import_module("distill.rollout"), *map(modules.load, modules.shipped())]
+    for module in [*places, *([modules.load(kind, own)] if own else [])]:
+        for name, entry in getattr(module, "ROLLOUTS", {}).items():
+            found[name] = entry if isinstance(entry, tuple) else (entry, module.Config)
     return found
 
 

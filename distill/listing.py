@@ -1,18 +1,21 @@
 """What there is and how it differs, as text: recipes, runs, family trees, two checkpoints side by side.
 
-Every listing takes the command line's Options and returns what is printed; none computes or writes anything.
+Every listing takes the command line's Options and returns what is printed. None computes; only the family tree writes,
+its picture.
 """
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from distill.config import STAGES, VARIANTS, load, read
 from distill.errors import UserError
 from distill.options import Options
-from distill.runs import FRESH_SECONDS, RUNS, read_status, run_folder
+from distill.runs import FRESH_SECONDS, RUNS, read_status, run_folder, write_text
 from distill.state import lineage
+from evaluation.plots import Node, standalone_tree
 
 HEADLINE = {"sync_corr": "sync", "identity_distance": "identity", "motion_ratio": "motion", "seam_ratio": "seams"}
 
@@ -34,7 +37,11 @@ def recipes(options: Options) -> str:
 def validate(options: Options) -> str:
     """Load a recipe as it is and in each variant; UserError with every problem, else what it would do."""
     if options.recipe is None:
-        raise UserError("Nothing to check: give RECIPE=recipes/tiny/stage2_dmd.yaml.")
+        raise UserError("Nothing to check: give RECIPE=recipes/tiny/stage2_dmd.yaml, or a grid.")
+    if "stages" in read(options.recipe).data:
+        from distill.ablate import check  # torch comes with it
+
+        return check(options.recipe, (None, *VARIANTS))
     problems: list[str] = []
     for variant in (None, *VARIANTS):
         try:
@@ -58,13 +65,29 @@ def validate(options: Options) -> str:
 
 
 def runs(options: Options) -> str:
-    """Every run with its stages: status, step, how long ago it gave a sign of life; and its scores, if measured."""
+    """Every run with its stages: status, step, how long ago it gave a sign of life; and its scores, if measured.
+    A grid is a line with how many of its cells are done, and its cells under it."""
     lines = []
-    for folder in sorted(path for path in RUNS.glob("*") if path.is_dir()):
-        stages = [_stage(folder / stage) for stage in STAGES if (folder / stage).is_dir()]
-        lines.append(f"{folder.name:20} {', '.join(stages) or 'empty'}")
-        lines += [f"{'':20} {line}" for line in _scores(folder / "report" / "scores.json")]
+    for folder in sorted(path for path in RUNS.glob("*") if path.is_dir() and path.name != "compare"):
+        state = folder / "GRID.json"
+        if state.is_file():
+            cells = json.loads(state.read_text())["cells"]
+            done = sum(cell["state"] == "done" for cell in cells)
+            lines.append(f"{folder.name:20} grid, {done} of {len(cells)} cells done")
+            for cell in cells:
+                lines += _run(folder / f"{cell['cell']}-seed{cell['seed']}", "  ")
+                lines += [f"{'':22}{cell['state']}: {cell['reason']}"] if cell["reason"] else []
+        elif folder.name == "shared":
+            lines.append(f"{folder.name:20} {len(list(folder.iterdir()))} stages that cells of grids have in common")
+        else:
+            lines += _run(folder)
     return "\n".join(lines) if lines else "There are no runs yet: make online-lpm."
+
+
+def _run(folder: Path, indent: str = "") -> list[str]:
+    own = [stage for stage in STAGES if (folder / stage).is_dir() and not (folder / stage).is_symlink()]
+    name, stages = indent + folder.name, ", ".join(_stage(folder / stage) for stage in own)
+    return [f"{name:20} {stages or 'empty'}", *(f"{'':20} {line}" for line in _scores(folder / "report/scores.json"))]
 
 
 def _stage(folder: Path) -> str:
@@ -82,7 +105,8 @@ def _scores(path: Path) -> list[str]:
         return []
     scores = json.loads(path.read_text())
     lines = []
-    for row in ("teacher", "online_lpm"):
+    students = [row for row in scores if row.startswith("stage") or row == "online_lpm"]
+    for row in ("teacher", *students[-1:]):
         means = {label: scores.get(row, {}).get(key, {}).get("mean") for key, label in HEADLINE.items()}
         found = [f"{label} {mean:.3f}" for label, mean in means.items() if mean is not None]
         lines += [f"{row}: {', '.join(found)}"] if found else []
@@ -90,8 +114,27 @@ def _scores(path: Path) -> list[str]:
 
 
 def family(options: Options) -> str:
-    """The family tree of PARENT=, or of the checkpoint furthest down the road in RUN=."""
-    return lineage.tree(options.parent or newest_stage(options.run))
+    """The family tree of PARENT=, or of the checkpoint furthest down the road in RUN=, and where its picture is: OUT=,
+    else lineage.svg in the run's folder."""
+    place = options.parent or newest_stage(options.run)
+    told, out = lineage.tree(place), options.own.get("out")
+    if options.parent and not out:
+        return told
+    path = Path(out) if out else run_folder(options.run) / "lineage.svg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, standalone_tree(tree_nodes(place)))
+    return f"{told}\nWrote {path}."
+
+
+def tree_nodes(place: str | Path) -> list[Node]:
+    """One node per generation, the eldest first."""
+    nodes: list[Node] = []
+    for manifest, named, remark in reversed(lineage.ancestors(place)):
+        name = manifest.stage if manifest else Path(named["path"]).name
+        step = f"step {manifest.step:,} · {manifest.scale} · " if manifest else ""
+        detail = f"{step}{named['manifest_sha256'][:8]}{f' · {remark}' if remark else ''}"
+        nodes.append(Node(name, detail, nodes[-1].name if nodes else None))
+    return nodes
 
 
 def newest_stage(run: str) -> Path:
@@ -119,6 +162,13 @@ def diff(options: Options) -> str:
     ]
     title = f"{one.path} ({one.hash[:12]}) -> {other.path} ({other.hash[:12]})"
     return "\n".join([title, *(lines or ["  nothing differs"])])
+
+
+def columns(rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:
+    """Rows of text under a head, every column as wide as it needs."""
+    lines = [list(head), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -61,7 +61,7 @@ def train_stage(options: Options, stage: str) -> None:
     folder = run_folder(options.run)
     engine = make_engine(recipe.train.precision, launch.check(options.own))
     with engine.main_first():  # the others find the data made
-        _need_data(recipe)
+        need_data(recipe)
     teacher = None if stage == "teacher" else find_teacher(recipe, folder)
     parent = _parent(recipe, folder, teacher, options.parent)
     source = dataset.load(Path(recipe.data.path), "train")
@@ -99,7 +99,7 @@ def trajectories(options: Options) -> None:
 def make(options: Options, folder: Path, parent: str | None = None) -> None:
     """Sample the trajectories of the recipe's parent unless they are there."""
     recipe = replace(options, several=True).load("trajectories")
-    _need_data(recipe)
+    need_data(recipe)
     if recipe.parent in (None, "teacher"):
         origin = find_teacher(recipe, folder)
     else:
@@ -148,7 +148,7 @@ def keep(options: Options) -> None:
 def evaluate(options: Options) -> None:
     """Measure every row that the run has, and write scores and report."""
     recipe, folder = options.load("stage4"), run_folder(options.run)
-    _need_data(recipe)
+    need_data(recipe)
     setup = Path(sys.prefix) / ".setup_seconds"  # written by the Makefile
     with _timed(options, "evaluation"):
         bench = Bench(Path(recipe.data.path), recipe.evaluation or BenchConfig(), folder / "report" / "rows")
@@ -261,7 +261,7 @@ def _need_trajectories(options: Options, wanted: str, folder: Path) -> None:
         )
 
 
-def _need_data(recipe: Recipe) -> None:
+def need_data(recipe: Recipe) -> None:
     prepare_once = Path(recipe.data.path)
     if not (prepare_once / "fingerprint.json").is_file():
         _refuse_foreign(recipe)

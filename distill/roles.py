@@ -163,8 +163,7 @@ def _view(
 
 def term_heads(recipe: Recipe) -> nn.ModuleDict:
     """What terms learn for themselves on the critic's features: `head(config)` of their modules, by term."""
-    names = dict.fromkeys(term.name for phase in recipe.phases for term in phase.terms)
-    makers = {name: head_function(name) for name in names}
+    makers = {term.name: head_function(term.name, term.source) for phase in recipe.phases for term in phase.terms}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         return nn.ModuleDict({name: make(recipe.model) for name, make in makers.items() if make is not None})

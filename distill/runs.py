@@ -1,13 +1,16 @@
 """Run folders: runs/<run>/<stage>/, opened by one command again and again until the stage is done.
 
-A stage folder holds recipe.yaml (as written), config.resolved.yaml, env.json, STATUS.json (running, stopped, done,
-failed; pid, host, heartbeat), log.txt, metrics.jsonl, tb/, samples/, checkpoints/. A run name that exists with another
-recipe, or that another live process is writing, is refused before anything is touched.
+A stage folder holds recipe.yaml (as written), config.resolved.yaml, copies of the user's own losses, env.json,
+STATUS.json (running, stopped, done, failed; pid, host, heartbeat, peak memory), log.txt, metrics.jsonl, tb/, samples/,
+checkpoints/. A run name that exists with another recipe, or that another live process is writing, is refused before
+anything is touched. runs/<grid>/<cell> is a run too.
 """
 
 import json
 import os
+import resource
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +22,8 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from distill.config import Recipe, differing_keys, to_yaml
+from distill.config import Recipe, differing_keys, own_files, to_yaml
+from distill.data.version import meaning
 from distill.errors import ExitCode, UserError
 from distill.state.checkpoint import require_space
 from distill.state.lineage import environment
@@ -31,8 +35,9 @@ STATUS, RESOLVED = "STATUS.json", "config.resolved.yaml"
 
 
 def run_folder(run: str) -> Path:
-    """runs/<run>; the name must be a plain one."""
-    if not run or run.startswith(".") or any(c in run for c in "/\\ "):
+    """runs/<run>; the name is a plain one, or <grid>/<cell> for a cell of a grid."""
+    parts = run.split("/")
+    if len(parts) > 2 or any(not part or part.startswith(".") or set(part) & set("\\ ") for part in parts):
         raise UserError(f"'{run}' cannot name a run: use letters, digits, '-', '_' and '.'.")
     return RUNS / run
 
@@ -81,6 +86,7 @@ def open_stage(
     status = read_status(folder)
     _refuse_other_recipe(folder, run, recipe)
     _refuse_other_parent(folder, run, status, parent)
+    _refuse_other_code(folder, run, recipe)
     if status.get("status") == "done":
         yield StageRun(folder, done=True, facts=dict(status))
         return
@@ -125,7 +131,16 @@ def read_status(folder: Path) -> dict[str, Any]:
 def write_status(folder: Path, status: str, facts: dict[str, Any]) -> None:
     """Replace STATUS.json in one rename."""
     beat = {"status": status, "pid": os.getpid(), "host": socket.gethostname(), "heartbeat": time.time()}
-    write_json(folder / STATUS, {**facts, **beat})
+    write_json(folder / STATUS, {**facts, **beat, "peak_gib": round(peak_gib(), 3)})
+
+
+def peak_gib() -> float:
+    """The most memory that this process has held: on the GPU where one is used, else resident."""
+    torch = sys.modules.get("torch")  # not imported by commands that only look
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kibibytes; on macOS bytes
+    return most / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -165,6 +180,16 @@ def _refuse_other_parent(folder: Path, run: str, status: dict[str, Any], parent:
         )
 
 
+def _refuse_other_code(folder: Path, run: str, recipe: Recipe) -> None:
+    """A loss of the user's own is kept beside the resolved recipe; when its code has changed, this is another run."""
+    for name, path in own_files(recipe).items():
+        kept = folder / f"{name}.py"
+        if kept.is_file() and meaning(kept.read_text(encoding="utf-8")) != meaning(path.read_text(encoding="utf-8")):
+            raise UserError(
+                f"The run '{run}' exists with another {path}: use RUN=other for a new run, or delete {folder}."
+            )
+
+
 def _refuse_live_process(folder: Path, status: dict[str, Any]) -> None:
     if status.get("status") != "running" or time.time() - float(status.get("heartbeat", 0)) > FRESH_SECONDS:
         return
@@ -194,6 +219,8 @@ def _fill(folder: Path, recipe: Recipe, recipe_path: Path | None) -> None:
         (folder / name).mkdir(exist_ok=True)
     if recipe_path is not None:
         write_text(folder / "recipe.yaml", recipe_path.read_text(encoding="utf-8"))
+    for name, path in own_files(recipe).items():
+        write_text(folder / f"{name}.py", path.read_text(encoding="utf-8"))
     write_json(folder / "env.json", environment())
     write_text(folder / RESOLVED, to_yaml(recipe))
 

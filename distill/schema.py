@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,14 @@ class Source:
 
     data: dict[str, Any]
     where: dict[KeyPath, str] = field(default_factory=dict)
+    folders: list[Path] = field(default_factory=list)  # of the files, the last one laid on top first
 
 
 class Report:
     """Collects problems, each with its place, so that a user mends a recipe in one round."""
 
     def __init__(self, source: Source, title: str) -> None:
-        self.where, self.title = source.where, title
+        self.where, self.folders, self.title = source.where, source.folders, title
         self.problems: list[str] = []
 
     def place(self, path: KeyPath) -> str:
@@ -120,10 +122,10 @@ def read_yaml(path: Path) -> Source:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML ({error}).") from None
     if data is None:
-        return Source({})
+        return Source({}, folders=[path.parent])
     if not isinstance(data, dict):
         raise UserError(f"{path}:1: a recipe is a mapping of keys to values, this is a {type(data).__name__}.")
-    source = Source(data)
+    source = Source(data, folders=[path.parent])
     _mark(node, (), path, source.where)
     return source
 
@@ -149,7 +151,7 @@ def merge(base: Source, over: Source) -> Source:
     where = dict(base.where)
     data = _merge(base.data, over.data, (), where)
     where.update(over.where)
-    return Source(data, where)
+    return Source(data, where, [*over.folders, *base.folders])
 
 
 def _merge(base: Any, over: Any, path: KeyPath, where: dict[KeyPath, str]) -> Any:
@@ -266,7 +268,9 @@ def _leaf(hint: Any, data: Any, path: KeyPath, report: Report) -> Any:
         return None
     if hint is str and isinstance(data, int | float):
         data = str(data)
-    holder = OmegaConf.structured(make_dataclass("Leaf", [("value", hint)]))
+    if hint in (bool, int, float) and type(data) is hint:
+        return data  # most leaves: nothing to convert
+    holder = OmegaConf.structured(_leaf_class(hint))
     try:
         OmegaConf.update(holder, "value", data)
         value = holder.value
@@ -274,6 +278,11 @@ def _leaf(hint: Any, data: Any, path: KeyPath, report: Report) -> Any:
         report.add(path, str(error).splitlines()[0].replace("field 'value' is not Optional", "a value is needed here"))
         return None
     return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+
+
+@cache
+def _leaf_class(hint: Any) -> type:
+    return make_dataclass("Leaf", [("value", hint)])
 
 
 def _check_bounds(metadata: Any, value: Any, path: KeyPath, report: Report) -> None:

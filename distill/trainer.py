@@ -54,8 +54,9 @@ class Trainer:
             parent,
         )
         # Found once: recipe files that change on the disk must not reach a run that is under way.
-        self.terms = {spec.name: term_function(spec.name) for phase in recipe.phases for spec in phase.terms}
-        self.rollout = rollout_function(recipe.rollout.kind) if recipe.rollout is not None else None
+        self.terms = {s.name: term_function(s.name, s.source) for phase in recipe.phases for s in phase.terms}
+        spec = recipe.rollout
+        self.rollout = rollout_function(spec.kind, spec.source) if spec is not None else None
         self.trained = list(dict.fromkeys(phase.update for phase in recipe.phases))
         self.product = next(role for role in self.trained if role != "critic")  # what the stage is for
         if recipe.train.batch_size % engine.processes:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from evaluation.page import STYLE
+
 WIDTH, HEIGHT = 400, 220
 DOT_WIDTH, TREE_WIDTH = 364, 600
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 38
@@ -156,6 +158,14 @@ def family_tree(nodes: Sequence[Node]) -> str:
     return (
         f'<svg viewBox="0 0 {TREE_WIDTH + 4} {step * len(nodes)}" role="img" aria-label="lineage">{"".join(out)}</svg>'
     )
+
+
+def standalone_tree(nodes: Sequence[Node]) -> str:
+    """The lineage as an SVG file of its own, with its colors for light and dark inside."""
+    drawing = family_tree(nodes).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    head, _, rest = drawing.partition(">")
+    font = "svg { background:var(--paper); font-family:Helvetica,Arial,sans-serif }"
+    return f"{head}><style>{STYLE}{font}</style>{rest}\n"
 
 
 def text_tree(nodes: Sequence[Node]) -> str:

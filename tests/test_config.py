@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from distill import config
+from distill import config, modules
 from distill.errors import ExitCode, UserError
 
 BASE = """\
@@ -64,7 +64,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     rollout = _module(Config=RollConfig, ROLLOUTS={"long": lambda *a: None, "data": other})
     monkeypatch.setitem(sys.modules, "distill.rollout", rollout)
     monkeypatch.setitem(sys.modules, "recipes.pull", _module(Config=PullConfig, term=lambda *a: None))
-    monkeypatch.setattr(config, "_recipe_names", lambda: ["pull"])
+    monkeypatch.setattr(modules, "shipped", lambda: ["pull"])
 
 
 def write(folder: Path, text: str, name: str = "recipe.yaml") -> Path:
@@ -112,7 +112,11 @@ def test_fingerprint_changes_with_one_value(tmp_path: Path) -> None:
         ("strength: 2.0", "strenght: 2.0", ":10: phases.1.terms.pull.strenght: unknown key, did you mean 'strength'?"),
         ("chunks: 8", "chunk: 8", ":7: rollout.chunk: unknown key, did you mean 'chunks'?"),
         ("{lr: 1e-4,", "{lr: 1e-4, beta: 1,", ":6: optimizer.beta: unknown key, did you mean 'betas'?"),
-        ("terms: {pull: {weight", "terms: {pul: {weight", "no loss of this name in recipes/, did you mean 'pull'?"),
+        (
+            "terms: {pull: {weight",
+            "terms: {pul: {weight",
+            "no loss of this name in recipes/ or beside the recipe, did you mean 'pull'?",
+        ),
     ],
 )
 def test_unknown_key_names_file_line_and_the_nearest_valid_key(

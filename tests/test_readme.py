@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-import recipes
 from distill import config
 from distill.contracts import Roles, Roll
 from teacher.conditions import Conditions
@@ -24,13 +23,12 @@ def test_every_make_command_of_the_readme_is_a_target():
     assert wanted <= targets
 
 
-def test_the_loss_of_the_readme_runs_from_its_file_and_its_recipe(tmp_path, monkeypatch):
+def test_the_loss_of_the_readme_is_found_beside_its_recipe_and_computes_what_it_says(tmp_path):
     code = next(block for block in blocks("python") if "def term" in block)
     text = next(block for block in blocks("yaml") if "latent_mean" in block)
     (tmp_path / "latent_mean.py").write_text(code)
     path = tmp_path / "stage3_latent_mean.yaml"
-    path.write_text(text.replace("extends: ", f"extends: {Path('recipes/tiny').resolve()}/"))
-    monkeypatch.setattr(recipes, "__path__", [*recipes.__path__, str(tmp_path)])
+    path.write_text(text.replace("extends: ../", f"extends: {Path().resolve()}/"))
     recipe = config.load(path)
     spec = next(term for phase in recipe.phases for term in phase.terms if term.name == "latent_mean")
     assert spec.weight == 0.05 and spec.ramp_steps == 20
@@ -38,5 +36,6 @@ def test_the_loss_of_the_readme_runs_from_its_file_and_its_recipe(tmp_path, monk
     refs = torch.zeros(2, 1, 4, 8, 8)
     empty = torch.zeros(2, 1, 1)
     cond = Conditions(empty, empty, empty, empty[..., 0] > 0, refs, torch.ones(2, 1, dtype=torch.bool))
-    term = config.term_function("latent_mean")(Roll(x0, cond), Roles({}, recipe.student, None), spec.config)
+    loss = config.term_function(spec.name, spec.source)
+    term = loss(Roll(x0, cond), Roles({}, recipe.student, None), spec.config)
     assert torch.allclose(term.value, x0.mean((1, 3, 4)).square().mean())

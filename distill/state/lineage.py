@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from distill.config import Recipe, fingerprint
+from distill.config import Recipe, fingerprint, own_files
 from distill.errors import ExitCode, UserError
 from distill.state.checkpoint import MANIFEST, file_hash, newest, read_manifest
 
@@ -90,7 +90,7 @@ def describe(
         "recipe_sha256": fingerprint(recipe),
         "parent": None if parent is None else {"path": str(parent.path), "manifest_sha256": parent.hash},
         "data_fingerprint": data_fingerprint,
-        "code": code_version(),
+        "code": {**code_version(), **{f"{name}.py": file_hash(path) for name, path in own_files(recipe).items()}},
         "metrics": metrics or {},
         "environment": environment(),
     }
@@ -122,21 +122,34 @@ def require(manifest: Manifest, stage: str | None = None, scale: str | None = No
         )
 
 
+def ancestors(path: str | Path) -> list[tuple[Manifest | None, dict[str, str], str]]:
+    """The checkpoint and its line of parents: (manifest, {"path", "manifest_sha256"} as its child names it, remark).
+
+    A parent that is gone ends the line with None; one that was changed since says so in the remark.
+    """
+    manifest = read(path)
+    line: list[tuple[Manifest | None, dict[str, str], str]] = [
+        (manifest, {"path": str(manifest.path), "manifest_sha256": manifest.hash}, "")
+    ]
+    while manifest.data.get("parent"):
+        named = manifest.data["parent"]
+        try:
+            manifest = read(named["path"])
+        except UserError:
+            return [*line, (None, named, "gone")]
+        line.append((manifest, named, "" if manifest.hash == named["manifest_sha256"] else "CHANGED since"))
+    return line
+
+
 def tree(path: str | Path) -> str:
     """One line per generation, the checkpoint first, its ancestors below."""
-    manifest = read(path)
-    lines, indent = [_line(manifest)], 0
-    while manifest.data.get("parent"):
-        parent = manifest.data["parent"]
-        indent += 1
-        prefix = "   " * (indent - 1) + "└─ "
-        try:
-            manifest = read(parent["path"])
-        except UserError:
-            lines.append(f"{prefix}{parent['path']}  (gone, manifest {parent['manifest_sha256'][:12]})")
-            break
-        changed = "" if manifest.hash == parent["manifest_sha256"] else "  (CHANGED since)"
-        lines.append(prefix + _line(manifest) + changed)
+    lines = []
+    for depth, (manifest, named, remark) in enumerate(ancestors(path)):
+        prefix = "" if depth == 0 else "   " * (depth - 1) + "└─ "
+        if manifest is None:
+            lines.append(f"{prefix}{named['path']}  (gone, manifest {named['manifest_sha256'][:12]})")
+        else:
+            lines.append(prefix + _line(manifest) + (f"  ({remark})" if remark else ""))
     return "\n".join(lines)
 
 
