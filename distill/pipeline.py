@@ -262,6 +262,7 @@ def _need_trajectories(options: Options, wanted: str, folder: Path) -> None:
 
 
 def need_data(recipe: Recipe) -> None:
+    """Prepare the recipe's data set and its identity embedder unless they are there."""
     prepare_once = Path(recipe.data.path)
     if not (prepare_once / "fingerprint.json").is_file():
         _refuse_foreign(recipe)
