@@ -48,13 +48,13 @@ train: {{steps: 10, batch_size: 4, clip: 0.5, ema: 0.8, save_every: 6, sample_ev
 """
 STAGES = {
     "stage2": {"rollout": "{kind: renoised}", "term": "perceptual: {weight: 2.0, levels: 2, frames: 1}"},
-    "stage3": {"rollout": "{kind: self, chunks: 5, grad_chunks: 2}", "term": "identity_drift: {weight: 2.0}"},
+    "stage3": {"rollout": "{kind: self, chunks: 4, grad_chunks: 2}", "term": "identity_drift: {weight: 2.0}"},
 }
 # what a case changes: overrides of the recipe, and of the source of batches
 VARIANTS: dict[str, tuple[list[str], dict[str, int]]] = {
     "": ([], {}),
     "accumulate": (["train.steps=2", "train.grad_accumulation=2"], {}),
-    "poison": (["train.steps=4"], {"poison": 3}),  # the student's first update
+    "poison": (["train.steps=3"], {"poison": 3}),  # the student's first update
     "bf16": (["train.steps=2", "train.precision=bf16"], {}),
     "resumed": ([], {}),  # its folder holds the checkpoint of step 6 of another engine
     "kill": ([], {"kill": 4}),

@@ -75,7 +75,7 @@ def final(run: Path) -> dict[str, dict[str, Tensor]]:
 
 def curves(run: Path) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "perf/step_s"} for row in rows]
+    return [{name: float(value) for name, value in row.items() if name != "perf/step_s"} for row in rows]
 
 
 def assert_same(run: Path, reference: Path, steps: int) -> None:
@@ -89,7 +89,7 @@ def assert_same(run: Path, reference: Path, steps: int) -> None:
     rows = {row["step"] for row in curves(run)}
     assert max(rows) == steps
     for mine, other in zip(curves(run), [row for row in curves(reference) if row["step"] in rows], strict=True):
-        assert mine == pytest.approx(other, rel=1e-4, abs=1e-6)
+        assert mine == pytest.approx(other, rel=1e-4, abs=1e-6, nan_ok=True)
 
 
 # ---- equality ---------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def test_what_is_not_finite_in_one_process_is_skipped_in_all(runs: Path, kind: s
     """The last clip of the batch, which the second process has, is NaN in the student's first update."""
     run = runs / f"stage2-{kind}-poison"
     assert [(run / f"skipped-{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
-    assert_same(run, runs / "stage2-plain-poison", steps=4)
+    assert_same(run, runs / "stage2-plain-poison", steps=3)
 
 
 # ---- another number of processes --------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_a_sharded_checkpoint_consolidates_to_what_one_process_writes(
     monkeypatch.setattr(consolidate, "LIMIT", 20_000)  # bytes, for 5 GB
     consolidate.consolidate(Options(parent=str(newest)))
     files = sorted(path.name for path in (target / "ema").iterdir())
-    assert "model.safetensors.index.json" in files and files[0].startswith("model-00001-of-0000")
+    assert "model.safetensors.index.json" in files and files[0].startswith("model-00001-of-000")
     for part, tensors in one.items():
         several, sharded = checkpoint.load(target, part), checkpoint.load(newest, part)
         assert tensors.keys() == several.keys() == sharded.keys()
