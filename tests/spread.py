@@ -54,7 +54,7 @@ STAGES = {
 VARIANTS: dict[str, tuple[list[str], dict[str, int]]] = {
     "": ([], {}),
     "accumulate": (["train.steps=2", "train.grad_accumulation=2"], {}),
-    "poison": (["train.steps=3"], {"poison": 3}),  # the student's first update
+    "poison": (["train.steps=4"], {"poison": 3}),  # the student's first update
     "bf16": (["train.steps=2", "train.precision=bf16"], {}),
     "resumed": ([], {}),  # its folder holds the checkpoint of step 6 of another engine
     "kill": ([], {"kill": 4}),

@@ -10,6 +10,7 @@ under ZeRO-3.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -128,7 +129,8 @@ class ZeRO(FSDP2):
         optimizer = self.optimizers[role]
         groups = optimizer._get_norm_groups() if self.stage == 3 else [optimizer.scaled_global_norm()]
         self.norms[role] = norm = torch.stack([torch.as_tensor(group).float() for group in groups]).norm()
-        invalid = any(float(group) < 0 for group in groups)  # DeepSpeed's sign of inf and nan
+        # DeepSpeed's sign of a norm that is not finite is -1, or inf for nan.
+        invalid = any(float(group) < 0 or not math.isfinite(float(group)) for group in groups)
         return torch.full_like(norm, torch.nan) if invalid else norm
 
     def step(self, role: str, rate: float) -> None:
