@@ -209,8 +209,8 @@ def _variants(name: str, setting: Setting) -> Iterator[Setting]:
         whole = train.batch_size * train.grad_accumulation
         for batch in [setting.processes * k for k in range(setting.micro_batch - 1, 0, -1)]:
             if whole % batch == 0:
-                changed = replace(train, batch_size=batch, grad_accumulation=whole // batch)
-                yield replace(setting, recipe=replace(recipe, train=changed))
+                smaller = replace(train, batch_size=batch, grad_accumulation=whole // batch)
+                yield replace(setting, recipe=replace(recipe, train=smaller))
     elif name == "more GPUs" and engine.kind != "plain":
         for times in (2, 4, 8, 16):
             yield replace(setting, processes=setting.processes * times)
