@@ -7,6 +7,7 @@ just as well.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -69,6 +70,8 @@ def launch(own: dict[str, str], command: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     if "shutdown_timeout" in {f.name for f in fields(LaunchConfig)}:
         config.shutdown_timeout = SHUTDOWN_SECONDS
+    # It would tell every exit once more; the workers have, and _status does.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         elastic_launch(config, sys.executable)(*command)
     except ChildFailedError as error:

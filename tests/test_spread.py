@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("ddp", "fsdp2", "zero2", "zero3")
 WHOLE = [f"{stage}-{kind}" for stage in spread.STAGES for kind in KINDS]
 SHORT = [
-    *(f"stage2-{kind}-{what}" for what in ("accumulate", "poison") for kind in KINDS),
+    *(f"stage2-{kind}-accumulate" for kind in (*KINDS, "zero1")),
+    *(f"stage2-{kind}-poison" for kind in KINDS),
     *(f"stage2-{kind}-bf16" for kind in ("fsdp2", "zero2", "zero3")),
 ]
 RESUMED = ["stage2-fsdp2-resumed", "stage2-zero3-resumed"]
@@ -75,7 +76,7 @@ def final(run: Path) -> dict[str, dict[str, Tensor]]:
 
 def curves(run: Path) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "perf/step_s"} for row in rows]
+    return [{name: float(value) for name, value in row.items() if name != "perf/step_s"} for row in rows]
 
 
 def assert_same(run: Path, reference: Path, steps: int) -> None:
@@ -89,7 +90,7 @@ def assert_same(run: Path, reference: Path, steps: int) -> None:
     rows = {row["step"] for row in curves(run)}
     assert max(rows) == steps
     for mine, other in zip(curves(run), [row for row in curves(reference) if row["step"] in rows], strict=True):
-        assert mine == pytest.approx(other, rel=1e-4, abs=1e-6)
+        assert mine == pytest.approx(other, rel=1e-4, abs=1e-6, nan_ok=True)
 
 
 # ---- equality ---------------------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ def test_two_processes_give_the_losses_and_weights_of_one(runs: Path, case: str)
     assert {row["step"] for row in curves(runs / case) if "train/dmd" in row} == {2, 4, 6, 8, 10}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", (*KINDS, "zero1"))
 def test_accumulated_micro_steps_are_those_of_one_process(runs: Path, kind: str) -> None:
     assert_same(runs / f"stage2-{kind}-accumulate", runs / "stage2-plain-accumulate", steps=2)
 
@@ -167,7 +168,7 @@ def test_a_sharded_checkpoint_consolidates_to_what_one_process_writes(
     monkeypatch.setattr(consolidate, "LIMIT", 20_000)  # bytes, for 5 GB
     consolidate.consolidate(Options(parent=str(newest)))
     files = sorted(path.name for path in (target / "ema").iterdir())
-    assert "model.safetensors.index.json" in files and files[0].startswith("model-00001-of-0000")
+    assert "model.safetensors.index.json" in files and files[0].startswith("model-00001-of-000")
     for part, tensors in one.items():
         several, sharded = checkpoint.load(target, part), checkpoint.load(newest, part)
         assert tensors.keys() == several.keys() == sharded.keys()

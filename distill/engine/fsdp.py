@@ -7,6 +7,7 @@ recipe says bf16; autocast does the rest, so that float64 times stay what they a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -75,6 +76,8 @@ class FSDP2(Pieced):
 
     def __init__(self, precision: str, config: EngineConfig):
         super().__init__(precision, config)
+        # A block's output is a view; torch warns of in-place operations on it, of which there are none.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
         self.mesh = init_device_mesh(self.device.type, (self.processes,))
 
     def empty(self, trained: bool) -> AbstractContextManager[Any] | None:

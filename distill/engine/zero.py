@@ -10,6 +10,7 @@ under ZeRO-3.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -25,7 +26,8 @@ from distill.engine.pieces import Piece, Pieces
 from distill.engine.plain import Engine
 from distill.errors import UserError
 from teacher.adapted import AdaptedDiT
-from teacher.attention import CrossAttention
+from teacher.blocks import Block
+from teacher.dit import DiT
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -78,20 +80,27 @@ class ZeRO(FSDP2):
         if self.stage == 3:
             offload = optimizer.parameter_offload
             offload.fwd_pre_hook.remove()  # it records the order of calls, which differs from rollout to rollout
-            dit = inner(model)
-            listeners = [module for module in dit.modules() if isinstance(module, CrossAttention)]
-            for index, listener in enumerate(listeners):
-                told = (dit.speak_embedding, dit.listen_embedding)[index % 2]
-                for parameter in (listener.audio_k.weight, listener.audio_v.weight, told.offsets):
-                    self.deepspeed.zero.register_external_parameter(listener, parameter)
+            self._register(inner(model))
         self.engines[role], self.optimizers[role] = engine, optimizer
+
+    def _register(self, dit: DiT) -> None:
+        """Tell DeepSpeed of parameters that are read outside the module they belong to. A block is handed the audio
+        offsets as an input and has to find them gathered when it starts."""
+        blocks = [module for module in dit.modules() if isinstance(module, Block)]
+        for index, block in enumerate(blocks):
+            offsets = (dit.speak_embedding, dit.listen_embedding)[index % 2].offsets
+            listener = block.cross_attn
+            for parameter in (listener.audio_k.weight, listener.audio_v.weight, offsets):
+                self.deepspeed.zero.register_external_parameter(listener, parameter)
+            self.deepspeed.zero.register_external_parameter(block, offsets)
 
     def settings(self, clip: float) -> dict[str, Any]:
         """DeepSpeed's configuration: what follows from recipe and engine, the file's `deepspeed` block laid over it."""
         zero: dict[str, Any] = {"stage": self.stage, "overlap_comm": self.device.type == "cuda"}
         if self.stage == 3:
             zero |= {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
-            zero |= {"stage3_param_persistence_threshold": 0}
+            # Its thrifty linear layer would replace torch's for every network of the process.
+            zero |= {"stage3_param_persistence_threshold": 0, "memory_efficient_linear": False}
         if self.config.offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
         given = dict(self.config.deepspeed)
@@ -123,7 +132,8 @@ class ZeRO(FSDP2):
         optimizer = self.optimizers[role]
         groups = optimizer._get_norm_groups() if self.stage == 3 else [optimizer.scaled_global_norm()]
         self.norms[role] = norm = torch.stack([torch.as_tensor(group).float() for group in groups]).norm()
-        invalid = any(float(group) < 0 for group in groups)  # DeepSpeed's sign of inf and nan
+        # DeepSpeed's sign of a norm that is not finite is -1, or inf for nan.
+        invalid = any(float(group) < 0 or not math.isfinite(float(group)) for group in groups)
         return torch.full_like(norm, torch.nan) if invalid else norm
 
     def step(self, role: str, rate: float) -> None:
