@@ -100,7 +100,8 @@ def _sides(c: DiTConfig, target: str) -> tuple[int, int]:
 
 @lru_cache(maxsize=4096)
 def flops(c: DiTConfig, call: Call, lora: LoRAConfig | None = None) -> tuple[float, float]:
-    """(forward, backward) of one run without recomputation. Frozen weights pass gradients on but get none."""
+    """(forward, backward) of one run without recomputation. Frozen weights pass gradients on but get none.
+    Exact for whole networks and for adapters on all targets; with fewer targets backward is counted too high."""
     d, b, n, groups = c.dim, call.items, call.tokens, AUDIO_PER_LATENT // c.audio_group
     patch, told = c.channels * c.patch**2, call.text > 0
     entry = 2 * b * n * patch * d

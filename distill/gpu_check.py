@@ -106,7 +106,8 @@ def compare_attention(device: str, flash: bool) -> tuple[float, float, float]:
     for x, y in zip(ours, exact, strict=True):
         assert x.grad is not None and y.grad is not None
         gaps.append(float((x.grad.double() - y.grad).abs().max() / y.grad.abs().max()))
-    return float((out.double() - expected).abs().max() / expected.abs().max()), max(gaps), seconds
+    error = (out.double() - expected).abs().max() / expected.abs().max()
+    return error.item(), max(gaps), seconds
 
 
 # ---- tests ------------------------------------------------------------------------------------------------

@@ -97,13 +97,12 @@ def plan(setting: Setting, gpu_memory: float) -> Plan:
     recipe = setting.recipe
     if not recipe.phases:
         raise UserError(f"{recipe.name} trains nothing, there is no step to plan: give a recipe of a stage.")
-    meter = Meter()
-    rows = setting.bytes()
-    for row in rows.values():
-        for kind, size in row.items():
-            meter.add(kind, size)
     small = replace(recipe, train=replace(recipe.train, batch_size=setting.micro_batch))
-    steps = simulate(small, clip_of(recipe.data), setting.machine, meter, setting.state, DRAWS)
+    peak, steps = _simulated(small, setting)
+    memory = dict(peak)
+    for row in setting.bytes().values():
+        for kind, size in row.items():
+            memory[kind] += size
     flops, model_flops = (_per_step(small, steps, executed) for executed in (True, False))
     traffic = _traffic(setting, small, steps)
     speed = NVLINK if setting.processes <= NODE else NETWORK
@@ -116,7 +115,7 @@ def plan(setting: Setting, gpu_memory: float) -> Plan:
         gpus=setting.processes,
         gpu_memory=gpu_memory,
         parameters=_parameters(setting),
-        memory=meter.peak,
+        memory=memory,
         flops=flops,
         model_flops=model_flops,
         traffic=traffic,
@@ -128,6 +127,20 @@ def plan(setting: Setting, gpu_memory: float) -> Plan:
         checkpoint=setting.checkpoint_bytes(),
         warnings=tuple(_warnings(setting)),
     )
+
+
+_known: dict[str, tuple[dict[str, float], list[Step]]] = {}
+
+
+def _simulated(recipe: Recipe, setting: Setting) -> tuple[dict[str, float], list[Step]]:
+    """(bytes by kind at the worst moment beside what stands, steps); the same question is worked out once."""
+    states = {role: setting.state(role) for role in ("teacher", "backbone", *setting.trained)}
+    key = repr((recipe, setting.machine, states))
+    if key not in _known:
+        meter = Meter()
+        steps = simulate(recipe, clip_of(recipe.data), setting.machine, meter, setting.state, DRAWS)
+        _known[key] = (meter.peak, steps)
+    return _known[key]
 
 
 # ---- making it fit ----------------------------------------------------------------------------------------
@@ -196,8 +209,8 @@ def _variants(name: str, setting: Setting) -> Iterator[Setting]:
         whole = train.batch_size * train.grad_accumulation
         for batch in [setting.processes * k for k in range(setting.micro_batch - 1, 0, -1)]:
             if whole % batch == 0:
-                changed = replace(train, batch_size=batch, grad_accumulation=whole // batch)
-                yield replace(setting, recipe=replace(recipe, train=changed))
+                smaller = replace(train, batch_size=batch, grad_accumulation=whole // batch)
+                yield replace(setting, recipe=replace(recipe, train=smaller))
     elif name == "more GPUs" and engine.kind != "plain":
         for times in (2, 4, 8, 16):
             yield replace(setting, processes=setting.processes * times)

@@ -31,6 +31,7 @@ from distill.costs import (
     kept_per_block,
     outside_blocks,
 )
+from distill.errors import UserError
 from distill.meter import Meter
 from student.causal_dit import CausalDiT
 from teacher.attention import KV, Blocks
@@ -62,6 +63,9 @@ class Shadow(DiT):
         self.calls: list[Call] = []
         self.gradients: Tensor | None = None
         self.cast: Tensor | None = None
+
+    def get_submodule(self, target: str) -> nn.Module:
+        raise UserError(f"A loss of this recipe looks inside the {self.role} ({target}), which the plan cannot follow.")
 
     def run(
         self,
@@ -118,7 +122,7 @@ class _Run(torch.autograd.Function):
         n = call.items * call.tokens * config.dim
         ctx.net, ctx.call, ctx.held, ctx.shapes = net, call, [], (x, [tuple(t.shape) for t in context])
         if call.graph:
-            input_bytes = RESIDUAL * n * config.depth
+            input_bytes = float(RESIDUAL * n * config.depth)
             if config.checkpoint_blocks:
                 kept = input_bytes
                 ctx.held = list(context)

@@ -49,6 +49,7 @@ class Noise:
 def noise_roles(recipe: Recipe, source: Noise) -> Roles:
     """The roles of a recipe with weights as they are drawn."""
     teacher = DiT(recipe.model)
+    nn.init.normal_(teacher.head.head.weight, std=0.02)  # at zero, as it is made, adapters would learn nothing
     models: dict[str, nn.Module] = {"teacher": teacher}
     trained = list(dict.fromkeys(phase.update for phase in recipe.phases))
     for role in [*trained, *(["backbone"] if "refiner" in trained else [])]:

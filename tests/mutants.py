@@ -64,6 +64,54 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ),
         (" and q.dtype in (torch.bfloat16, torch.half)", "", "flash-attn in fp32"),
     ],
+    ("teacher/attention.py", "attention"): [
+        ("slice(0, self.free)] if self.free else []", "slice(0, 0)] if self.free else []", "references are not seen"),
+        (
+            "torch.cat([padding[..., span] for span in spans], -1)",
+            "padding[..., : keys.shape[1]]",
+            "padding of other keys",
+        ),
+    ],
+    ("teacher/lora.py", "lora"): [
+        (
+            "nn.Parameter(down.new_zeros(layer.out_features, config.rank))",
+            "nn.Parameter(down.new_ones(layer.out_features, config.rank))",
+            "adapters have an effect at the start",
+        ),
+        ("self.scale = config.alpha / config.rank", "self.scale = config.alpha", "alpha without the rank"),
+        (
+            "return self.scale * self.up[slot] @ self.down[slot]",
+            "return self.up[slot] @ self.down[slot]",
+            "merged without the scale",
+        ),
+    ],
+    ("teacher/adapted.py", "lora"): [
+        ("self._hidden = (base,)", "self.inner, self._hidden = base, (base,)", "the base is part of each view"),
+        (
+            "twin = AdaptedDiT(self.base, self.lora)",
+            "twin = AdaptedDiT(copy.deepcopy(self.base), self.lora)",
+            "copies copy the base",
+        ),
+    ],
+    ("distill/adapters.py", "lora"): [
+        ("return merge(base, view.adapters) | others", "return base | others", "read without the adapters"),
+    ],
+    ("distill/costs.py", "memory"): [
+        ("for_keys = 12 if machine.cuda else 16", "for_keys = 0", "keys alone keep nothing"),
+        ("2 * (inside + head + own + memory)", "(inside + head + own + memory)", "gradients of weights cost nothing"),
+        ("2 * a * kv + 2 * s * n", "a * kv + 2 * s * n", "values are not kept"),
+    ],
+    ("distill/standing.py", "plan"): [
+        (
+            'found = {} if "teacher" in self.trained else {"teacher": whole}',
+            "found: dict[str, int] = {}",
+            "the teacher weighs nothing",
+        ),
+    ],
+    ("distill/probe.py", "memory"): [
+        ("ctx.held = list(context)", "ctx.held = []", "checkpointing keeps no context"),
+        ("own.cast = own.gradients = None", "own.cast = None", "gradients stay for ever"),
+    ],
     ("teacher/blocks.py", "teacher"): [
         ("past + 1 - self.window :", "past + 2 - self.window :", "audio one frame late"),
     ],

@@ -111,9 +111,8 @@ class FSDP2(Pieced):
         if not is_meta:
             dit.to(self.device)
         heads = getattr(dit, "heads", None)
-        blocks = (
-            [] if isinstance(dit, AdaptedDiT) else dit.blocks
-        )  # a view has adapters alone, its base is sharded itself
+        # A view has adapters alone, its base is sharded as a network of its own.
+        blocks: list[nn.Module] = [] if isinstance(dit, AdaptedDiT) else list(dit.blocks)
         for module in [*blocks, *(heads.children() if heads is not None else [])]:
             fully_shard(module, **policy)
         fully_shard(dit, **policy)

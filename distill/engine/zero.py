@@ -25,6 +25,7 @@ from distill.engine.fsdp import FSDP2, inner
 from distill.engine.pieces import Piece, Pieces
 from distill.engine.plain import Engine
 from distill.errors import UserError
+from teacher.adapted import AdaptedDiT
 from teacher.blocks import Block
 from teacher.dit import DiT
 
@@ -59,6 +60,8 @@ class ZeRO(FSDP2):
             model.requires_grad_(trained)
             if compile and trained:
                 self.compile(model)
+            if trained and self.stage == 3 and isinstance(inner(model), AdaptedDiT):
+                raise UserError("ZeRO-3 cannot gather the adapters of `lora:`: take recipes/accelerate/fsdp2.yaml.")
             if trained:
                 self._engine(role, model, configs[role], clip)
             elif self.stage == 3:
