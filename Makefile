@@ -22,7 +22,7 @@ ARGS   = $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(PARENT),--parent '$(PARENT)
 RUN_IT = $(PYTHON) -m distill
 
 .DEFAULT_GOAL := help
-.PHONY: help online-lpm data teacher keep-teacher trajectories distill distill-stage1 distill-stage2 distill-stage3 distill-stage4 \
+.PHONY: help online-lpm data teacher ar-teacher keep-teacher trajectories distill distill-stage1 distill-stage2 distill-stage3 distill-stage4 \
         export evaluate report ablate score compare doctor lineage recipes validate runs diff test mutants objectives lint types gpu ci smoke clean clean-venv
 
 help: ## print this list
@@ -40,6 +40,9 @@ data: $(VENV)/.installed ## prepare speech, characters and latents
 
 teacher: $(VENV)/.installed ## train the teacher from nothing (a trained one is kept in the repository)
 	@$(RUN_IT) teacher $(ARGS)
+
+ar-teacher: $(VENV)/.installed ## make the teacher causal, for trajectories of its own (teacher or diffusion forcing)
+	@$(RUN_IT) ar-teacher $(ARGS)
 
 keep-teacher: $(VENV)/.installed ## put the teacher of RUN= where the repository keeps one
 	@$(RUN_IT) keep $(ARGS)
@@ -109,7 +112,7 @@ test: $(VENV)/.dev ## run the tests
 mutants: $(VENV)/.dev ## break one thing at a time and see that a test notices (about twenty minutes)
 	@OMP_NUM_THREADS=1 $(PYTHON) tests/mutants.py
 
-objectives: $(VENV)/.dev ## train every objective against an exact teacher and write docs/OBJECTIVES.md (half a minute)
+objectives: $(VENV)/.dev ## train every objective against an exact teacher and write docs/OBJECTIVES.md (about a minute)
 	@OMP_NUM_THREADS=1 $(PYTHON) tests/objectives_table.py
 
 lint: $(VENV)/.dev ## ruff

@@ -38,6 +38,11 @@ COMMANDS = {
     ),
     "data": Command("prepare the data set: speech, characters, latents", "distill.pipeline:data"),
     "teacher": Command("train the teacher from nothing by flow matching", "distill.pipeline:train_stage", ("teacher",)),
+    "ar-teacher": Command(
+        "train the autoregressive teacher, causal and of many steps, from the teacher",
+        "distill.pipeline:train_stage",
+        ("ar-teacher",),
+    ),
     "keep": Command("put the teacher of a run where the repository keeps one", "distill.pipeline:keep"),
     "trajectories": Command("store the teacher's sampling trajectories for stage 1", "distill.pipeline:trajectories"),
     "stage1": Command(

@@ -19,7 +19,7 @@ from distill import modules
 from distill.errors import UserError
 from distill.schema import COMMAND_LINE, KeyPath, Report, Source, bounded, build, choice, merge, override, read_yaml
 
-STAGES = ("teacher", "trajectories", "stage1", "stage2", "stage3", "stage4")
+STAGES = ("teacher", "ar-teacher", "trajectories", "stage1", "stage2", "stage3", "stage4")
 SCALES = ("tiny", "1.3b", "17b")
 ROLES = ("teacher", "student", "critic", "refiner")
 VARIANTS = ("quick", "smoke")

@@ -54,6 +54,7 @@ class Roles:
     codec: PCACodec
     embedder: IdentityEmbedder | None = None
     trajectories: Any = None
+    average: dict[str, Tensor] | None = None  # moving average of what the stage trains, by parameter; the trainer's
     key: tuple[int | str, ...] = (0, 0)  # (seed, rank, step, micro-step, phase), set by the trainer
 
     def dit(self, role: str) -> DiT:

@@ -1,5 +1,5 @@
-"""Online LPM: the backbone of stage 3, the refiner of stage 4 and the codec, in one folder with a card and a manifest;
-and the teacher as the repository keeps it.
+"""Online LPM: the backbone of stage 3, the refiner of stage 4 (none with a single step) and the codec, in one folder
+with a card and a manifest; and the teacher as the repository keeps it.
 
 The export is verified by loading it back and comparing a forward of each network with the original's.
 """
@@ -21,15 +21,15 @@ from teacher.codec import PCACodec
 from teacher.conditions import AUDIO_PER_LATENT, PAST, SILENCE, TEXT_LENGTH, Conditions
 
 
-def export(recipe: Recipe, backbone: Manifest, refiner: Manifest, codec: PCACodec, folder: Path) -> Path:
+def export(recipe: Recipe, backbone: Manifest, refiner: Manifest | None, codec: PCACodec, folder: Path) -> Path:
     """Write the folder of a finished run; `recipe` is that of stage 4."""
-    nets = {"backbone": network(recipe.model, backbone, "ema"), "refiner": network(recipe.model, refiner, "ema")}
-    online = OnlineLPM(CausalDiT(nets["backbone"], recipe.student), CausalDiT(nets["refiner"], recipe.student), codec)
-    size = 4 * sum(p.numel() for p in online.parameters())
-    meta = describe(recipe, refiner.step, refiner, refiner.data.get("data_fingerprint"))
+    nets = [CausalDiT(network(recipe.model, part, "ema"), recipe.student) for part in (backbone, refiner) if part]
+    online = OnlineLPM(nets[0], nets[1] if refiner else None, codec)
+    size, last = 4 * sum(p.numel() for p in online.parameters()), refiner or backbone
+    meta = describe(recipe, last.step, last, last.data.get("data_fingerprint"))
     with checkpoint.committed(folder, {**meta, "stage": "online-lpm"}, size) as temporary:
         online.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card(recipe, refiner))
+        (temporary / "README.md").write_text(card(recipe, last))
         _verify(online, OnlineLPM.from_pretrained(temporary))
     return folder
 
@@ -44,13 +44,15 @@ def keep_teacher(trained: Manifest, codec: PCACodec, folder: Path) -> Path:
     return folder
 
 
-def card(recipe: Recipe, refiner: Manifest) -> str:
+def card(recipe: Recipe, last: Manifest) -> str:
     """The model card, made from the lineage."""
     stream = recipe.student
     seconds = stream.chunk_frames / 6
+    count, refined = len(stream.steps) - stream.refined, " and 1 of the refiner" if stream.refined else ""
+    backbone = f"{count} backbone evaluation{'s' if count > 1 else ''}"
     return f"""# Online LPM ({recipe.scale})
 
-A causal, few-step, streaming student: {len(stream.steps) - 1} backbone evaluations and 1 of the refiner per chunk
+A causal, few-step, streaming student: {backbone}{refined} per chunk
 of {seconds:g} s, no guidance, {stream.sink_chunks} sink and {stream.window_chunks} window chunks of history.
 
 ```python
@@ -67,7 +69,7 @@ synthesized and recorded speech); no real person is depicted. Licence: Apache-2.
 ## Lineage
 
 ```
-{lineage.tree(refiner.path)}
+{lineage.tree(last.path)}
 ```
 """
 
@@ -83,7 +85,7 @@ def _verify(original: OnlineLPM, loaded: OnlineLPM) -> None:
     text = torch.zeros(1, TEXT_LENGTH, config.text_dim)
     cond = Conditions(silence, silence, text, text[..., 0] > 0, refs, torch.ones(refs.shape[:2], dtype=torch.bool))
     x, t = torch.randn(1, frames, config.channels, size, size, generator=generator), torch.full((1,), 0.5)
-    for name in ("backbone", "refiner"):
-        a, b = (getattr(model, name) for model in (original, loaded))
+    for name in original.networks():
+        a, b = (model.networks()[name] for model in (original, loaded))
         if not torch.equal(a.velocity(x, t, cond, a.start(cond)), b.velocity(x, t, cond, b.start(cond))):
             raise UserError(f"The exported {name} differs from the trained one after loading.", ExitCode.CHECKPOINT)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from distill import export as exporting
@@ -49,6 +50,11 @@ def data(options: Options) -> None:
 def train_stage(options: Options, stage: str) -> None:
     """Train one stage, from its parent's checkpoint."""
     recipe = options.load(stage)
+    if stage == "stage4" and not recipe.student.refined:
+        raise UserError(
+            f"student.steps {list(recipe.student.steps)} leaves no step for a refiner: there is no stage 4, go on from "
+            "stage 3 with `make export`."
+        )
     folder = run_folder(options.run)
     need_data(recipe)
     teacher = None if stage == "teacher" else find_teacher(recipe, folder)
@@ -56,8 +62,7 @@ def train_stage(options: Options, stage: str) -> None:
     source = dataset.load(Path(recipe.data.path), "train")
     trajectories = None
     if recipe.rollout is not None and recipe.rollout.kind in NEEDS_TRAJECTORIES:
-        if not (folder / "trajectories" / checkpoint.MANIFEST).is_file():
-            make(options, folder)
+        _need_trajectories(options, recipe.rollout.config.source, folder)
         trajectories = Trajectories(folder / "trajectories", source, recipe.student.steps)
     with open_stage(options.run, recipe, options.path(stage), parent.hash if parent else None) as run:
         if run.done:
@@ -74,23 +79,25 @@ def train_stage(options: Options, stage: str) -> None:
 def distill(options: Options) -> None:
     """Trajectories and stages 1 to 4."""
     trajectories(options)
-    for stage in STAGES:
+    for stage in _stages(options):
         train_stage(options, stage)
 
 
 def trajectories(options: Options) -> None:
     """Store the teacher's trajectories of a run."""
     folder = run_folder(options.run)
-    make(options, folder)
+    make(options, folder, options.parent)
     print(f"Wrote {folder / 'trajectories'}; next: make distill-stage1.")
 
 
-def make(options: Options, folder: Path) -> None:
-    """Sample the trajectories unless they are there."""
-    several = Options(**{**vars(options), "several": True})
-    recipe = several.load("trajectories")
+def make(options: Options, folder: Path, parent: str | None = None) -> None:
+    """Sample the trajectories of the recipe's parent unless they are there."""
+    recipe = replace(options, several=True).load("trajectories")
     need_data(recipe)
-    origin = find_teacher(recipe, folder)
+    if recipe.parent in (None, "teacher"):
+        origin = find_teacher(recipe, folder)
+    else:
+        origin = _finished(recipe, folder, parent)
     target = folder / "trajectories"
     if (target / checkpoint.MANIFEST).is_file():
         made_from = (lineage.read(target).data.get("parent") or {}).get("manifest_sha256")
@@ -100,18 +107,23 @@ def make(options: Options, folder: Path) -> None:
     source = dataset.load(Path(recipe.data.path), "train")
     print(f"trajectories: {recipe.trajectories.count} clips of the teacher {origin.path}", flush=True)
     with _timed(options, "trajectories"):
-        make_trajectories(recipe, network(recipe.model, origin, "ema").eval(), origin, source, target)
+        dit = network(recipe.model, origin, "ema").eval()
+        model = dit if origin.stage == "teacher" else CausalDiT(dit, recipe.student)
+        make_trajectories(recipe, model, origin, source, target)
 
 
 def export(options: Options) -> None:
     """Gather backbone, refiner and codec."""
     recipe, folder = options.load("stage4"), run_folder(options.run)
-    refiner = lineage.find_parent(folder, "stage4", recipe.scale, options.parent)
-    backbone = lineage.find_parent(folder, "stage3", recipe.scale)
-    lineage.require(backbone, hash=(refiner.data.get("parent") or {}).get("manifest_sha256"))
+    refiner = None
+    if recipe.student.refined:
+        refiner = lineage.find_parent(folder, "stage4", recipe.scale, options.parent)
+    backbone = lineage.find_parent(folder, "stage3", recipe.scale, None if refiner else options.parent)
+    if refiner is not None:
+        lineage.require(backbone, hash=refiner.parent_hash)
     target = folder / "online-lpm"
     if (target / checkpoint.MANIFEST).is_file():
-        if (lineage.read(target).data.get("parent") or {}).get("manifest_sha256") == refiner.hash:
+        if lineage.read(target).parent_hash == (refiner or backbone).hash:
             print(f"{target} is done; next: make evaluate.")
             return
     with _timed(options, "export"):
@@ -167,7 +179,7 @@ def online_lpm(options: Options) -> None:
         train_stage(options, "teacher")
     origin = find_teacher(recipe, folder)
     print(f"teacher: {origin.path} ({origin.hash[:12]})", flush=True)
-    for stage in STAGES:
+    for stage in _stages(options):
         train_stage(options, stage)
     export(options)
     evaluate(options)
@@ -177,10 +189,16 @@ def online_lpm(options: Options) -> None:
 # ---- pieces -----------------------------------------------------------------------------------------------
 
 
+def _stages(options: Options) -> tuple[str, ...]:
+    """The stages of a path: with a single step there is no refiner, and no stage 4."""
+    refined = replace(options, several=True).load("stage1").student.refined
+    return STAGES if refined else STAGES[:-1]
+
+
 def _rows(bench: Bench, recipe: Recipe, folder: Path) -> list[Row]:
     """Data, teacher, few-step teacher, untrained student, and every stage that the run has."""
     origin = find_teacher(recipe, folder)
-    teacher = network(recipe.model, origin, "ema").eval()
+    teacher = network(replace(recipe.model, flow_map=False), origin, "ema").eval()
     rows = [data_row(bench), *teacher_rows(bench, teacher, origin.hash, len(recipe.student.steps))]
     rows.append(student_row(bench, "undistilled", origin.hash, CausalDiT(teacher, recipe.student)))
     nets: dict[str, CausalDiT] = {}
@@ -205,6 +223,12 @@ def _parent(recipe: Recipe, folder: Path, teacher: Manifest | None, override: st
         return None
     if recipe.parent == "teacher" and override is None:
         return teacher
+    return _finished(recipe, folder, override)
+
+
+def _finished(recipe: Recipe, folder: Path, override: str | None) -> Manifest:
+    """The parent in this run, which must have been trained to its end, or the one that PARENT names."""
+    assert recipe.parent is not None
     manifest = lineage.find_parent(folder, recipe.parent, recipe.scale, override)
     status = read_status(folder / recipe.parent)
     if override is None and status.get("status") != "done":
@@ -213,6 +237,21 @@ def _parent(recipe: Recipe, folder: Path, teacher: Manifest | None, override: st
             f"its end, or take it as it is with PARENT={manifest.path}."
         )
     return manifest
+
+
+def _need_trajectories(options: Options, wanted: str, folder: Path) -> None:
+    """Make the teacher's trajectories where there are none; UserError when those there are another network's."""
+    stored = folder / "trajectories"
+    there = (stored / checkpoint.MANIFEST).is_file()
+    if not there and wanted == "teacher":
+        make(options, folder)
+        return
+    made_by = lineage.read(stored).recipe.get("parent") or "teacher" if there else "nobody"
+    if made_by != wanted:
+        raise UserError(
+            f"{stored} holds trajectories of {made_by} but rollout.source is {wanted}: run `make trajectories` with a "
+            f"RECIPE whose parent is {wanted}{', in another RUN' if there else ''}."
+        )
 
 
 def need_data(recipe: Recipe) -> None:
@@ -236,9 +275,12 @@ def _make(stage: str) -> str:
 
 
 def _next(stage: str) -> str:
-    return {"teacher": "make distill-stage1", "stage4": "make export"}.get(
-        stage
-    ) or f"make distill-stage{int(stage[-1]) + 1}"
+    after = {
+        "teacher": "make distill-stage1",
+        "ar-teacher": "make trajectories with a RECIPE whose parent is ar-teacher",
+        "stage4": "make export",
+    }
+    return after.get(stage) or f"make distill-stage{int(stage[-1]) + 1}"
 
 
 @contextmanager

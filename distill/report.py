@@ -86,7 +86,7 @@ def _family(folder: Path) -> list[Node]:
     """One node per checkpoint, from the manifests."""
     nodes: list[Node] = []
     names: dict[str, str] = {}
-    for name in ("teacher", "trajectories", *STAGES, "online-lpm"):
+    for name in ("teacher", "ar-teacher", "trajectories", *STAGES, "online-lpm"):
         place = folder / name
         if not place.is_dir() or (not (place / checkpoint.MANIFEST).is_file() and not (place / "checkpoints").is_dir()):
             continue

@@ -9,6 +9,7 @@ refiner   the parent's averaged student                     causal
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -46,17 +47,18 @@ def kept_teacher(scale: str) -> Path:
 def build_roles(recipe: Recipe, teacher: Manifest | None, parent: Manifest | None, data: Path) -> Roles:
     """Networks of every role that the recipe's phases and terms speak of, on the CPU, in fp32."""
     trained = [phase.update for phase in recipe.phases]
+    plain = replace(recipe.model, flow_map=False)  # teacher and critic know velocities alone
     if "teacher" in trained:
         with torch.random.fork_rng(devices=[]):  # initial weights are the one draw from torch's global state
             torch.manual_seed(recipe.seed)
-            models: dict[str, nn.Module] = {"teacher": DiT(recipe.model)}
+            models: dict[str, nn.Module] = {"teacher": DiT(plain)}
         return Roles(models, recipe.student, dataset.load_codec(data))
     assert teacher is not None
-    models = {"teacher": network(recipe.model, teacher, "ema")}
+    models = {"teacher": network(plain, teacher, "ema")}
     for role in dict.fromkeys([*trained, *(["backbone"] if "refiner" in trained else [])]):
         source, part = _origin(role, parent, teacher)
         if role == "critic":
-            models[role] = network(recipe.model, source, part, term_heads(recipe))
+            models[role] = network(plain, source, part, term_heads(recipe))
         else:
             models[role] = CausalDiT(network(recipe.model, source, part), recipe.student)
     embedder = IdentityEmbedder.load(data / "embedder")
@@ -64,13 +66,13 @@ def build_roles(recipe: Recipe, teacher: Manifest | None, parent: Manifest | Non
 
 
 def network(config: DiTConfig, source: Manifest, part: str, heads: nn.ModuleDict | None = None) -> DiT:
-    """A DiT with the weights of one part of a checkpoint. Heads that the checkpoint lacks stay as they start, heads of
-    the checkpoint that are not asked for are left out."""
+    """A DiT with the weights of one part of a checkpoint. Heads and a second time input that the checkpoint lacks stay
+    as they start, heads of the checkpoint that are not asked for are left out."""
     model = DiT(config)
     if heads:
         model.add_module("heads", heads)
     tensors = {name.removeprefix("dit."): t.float() for name, t in checkpoint.load(source.path, part).items()}
-    own = {name: t for name, t in model.state_dict().items() if name.startswith("heads.")}
+    own = {name: t for name, t in model.state_dict().items() if name.startswith(("heads.", "interval_embedding."))}
     tensors = own | {name: t for name, t in tensors.items() if name in own or not name.startswith("heads.")}
     try:
         model.load_state_dict(tensors)

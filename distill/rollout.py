@@ -2,7 +2,8 @@
 
 `data`      the clean clips themselves; no network runs.
 `teacher`   states of stored teacher ODE trajectories at the student's step times -> its x0, with the trajectory's end
-            as target (causal ODE regression; CausVid, arXiv 2412.07772).
+            as target (causal ODE regression; CausVid, arXiv 2412.07772). With `source: ar-teacher` the paths are
+            those of a causal teacher under its own past (Causal-Forcing, arXiv 2602.02214).
 `renoised`  the trajectory's end, noised afresh -> the student's x0 (off-policy distribution matching).
 
 The history given to a chunk is the trajectory's own end: for half of the clips at the stream's history noise, as the
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from einops import repeat
 from torch import Tensor
+from torch.func import functional_call
 
 from distill.contracts import Roles, Roll
 from distill.data.batch import Batch
@@ -46,6 +48,12 @@ class DataConfig:
 @dataclass(frozen=True)
 class TrajectoryRollConfig:
     """Rolls over stored trajectories; every chunk draws one of the student's step times."""
+
+    source: str = "teacher"  # whose trajectories: the stage of the network that made them
+
+    def __post_init__(self):
+        if self.source not in ("teacher", "ar-teacher"):
+            raise ValueError(f"source {self.source!r} must be teacher or ar-teacher")
 
 
 def data(batch: Batch, roles: Roles, cfg: DataConfig) -> Roll:
@@ -88,11 +96,18 @@ def _step_per_chunk(states: Tensor, roles: Roles) -> tuple[Tensor, Tensor]:
     return choice, steps[choice].to(states.device)
 
 
-def teacher_forced(batch: Batch, roles: Roles, xt: Tensor, t: Tensor, x0: Tensor) -> Roll:
-    """The student's x0 at states xt, times t [B] or [B, T], every chunk under the past that clean x0 gives it."""
+def teacher_forced(
+    batch: Batch, roles: Roles, xt: Tensor, t: Tensor, x0: Tensor, weights: dict[str, Tensor] | None = None
+) -> Roll:
+    """The student's x0 at states xt, times t [B] or [B, T], every chunk under the past that clean x0 gives it; with
+    `weights` as if those were the student's."""
+    student, given = roles.causal("student"), (xt, t, batch.cond, *given_history(x0, roles))
+    v = student(*given) if weights is None else functional_call(student, weights, given)
+    return Roll(x0_from_v(xt, v, t), batch.cond, target=x0, real=batch.latents)
+
+
+def given_history(x0: Tensor, roles: Roles) -> tuple[Tensor, Tensor]:
+    """(history like x0, its level [B]): clean x0 for half of the clips, at the stream's history noise for the rest."""
     noisy = torch.rand(len(x0), generator=roles.generator("rollout/history level")) < 0.5
     t_hist = (noisy.double() * roles.stream.history_noise).to(x0.device)
-    hist = add_noise(x0, roles.noise(x0, "rollout/history"), t_hist)
-    student = roles.causal("student")
-    v = student(xt, t, batch.cond, hist, t_hist)
-    return Roll(x0_from_v(xt, v, t), batch.cond, target=x0, real=batch.latents)
+    return add_noise(x0, roles.noise(x0, "rollout/history"), t_hist), t_hist

@@ -167,7 +167,8 @@ def _merge(base: Any, over: Any, path: KeyPath, where: dict[KeyPath, str]) -> An
 
 
 def override(source: Source, text: str) -> None:
-    """Apply one `a.b=value`; a number in the path indexes a list (`phases.0.every=2`)."""
+    """Apply one `a.b=value`; a number in the path indexes a list (`phases.0.every=2`). As in `merge`, another `kind`
+    replaces what the files say beside it."""
     name, equals, value = text.partition("=")
     path = tuple(part.strip() for part in name.split("."))
     if not equals or not all(path):
@@ -189,11 +190,21 @@ def override(source: Source, text: str) -> None:
         else:
             raise UserError(f"The override '{text}' goes inside {'.'.join(path[:depth])}, which is not a mapping.")
         if last:
+            if key == "kind" and isinstance(target, dict) and target.get("kind") != parsed:
+                _drop_settings_of_files(source, target, path[:-1])
             target[key] = parsed
         elif isinstance(target, dict) and target.get(key) is None:
             target[key] = {}
         target = target[key]
     source.where[path] = COMMAND_LINE
+
+
+def _drop_settings_of_files(source: Source, block: dict[str, Any], path: KeyPath) -> None:
+    """Leave in `block` at `path` only what the command line says."""
+    for name in [name for name in block if source.where.get((*path, name)) != COMMAND_LINE]:
+        del block[name]
+        for key in [key for key in source.where if key[: len(path) + 1] == (*path, name)]:
+            del source.where[key]
 
 
 # ---- building ---------------------------------------------------------------------------------------------

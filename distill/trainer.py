@@ -67,6 +67,7 @@ class Trainer:
                 engine.compile(roles.models[role])
         self.optimizers = {r: engine.optimizer(roles.models[r], recipe.optimizer[r]) for r in self.trained}
         self.ema = EMA(roles.models[self.product], recipe.train.ema, recipe.train.ema_start)
+        roles.average = self.ema.average  # updated in place
         self.step, self.skipped = 0, 0
         self.pending: dict[str, tuple[float, int]] = {}  # of an interval of the curves that a checkpoint cuts in two
         # Counted per role: a healthy critic must not hide a student that stands still.

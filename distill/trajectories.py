@@ -1,4 +1,5 @@
 """Teacher ODE trajectories: for each chosen train clip, the states of the guided sampler at the student's step times.
+The teacher is the bidirectional one, or an autoregressive one that makes chunk after chunk under its own past.
 
 Written part by part, so that an interrupted run goes on with the missing parts; sealed with a manifest at the end.
 states [N, S + 1, T, C, H, W] fp16, the last one clean; index [N] rows of the train split.
@@ -22,10 +23,11 @@ from distill.rollout import TrajectoryConfig
 from distill.state import checkpoint
 from distill.state.lineage import Manifest, describe
 from distill.tracking import progress
+from student.causal_dit import CausalDiT
 from teacher.conditions import Conditions
 from teacher.dit import DiT
 from teacher.flow import schedule
-from teacher.guidance import Guidance, guided_velocity
+from teacher.guidance import Guidance, branches, guided_velocity
 from teacher.sampler import euler
 
 
@@ -56,7 +58,9 @@ class Trajectories:
         return self._states[self._row[index.cpu()]].to(index.device).float()
 
 
-def make_trajectories(recipe: Recipe, teacher: DiT, origin: Manifest, data: LatentDataset, folder: Path) -> Path:
+def make_trajectories(
+    recipe: Recipe, teacher: DiT | CausalDiT, origin: Manifest, data: LatentDataset, folder: Path
+) -> Path:
     """Sample `recipe.trajectories.count` clips of the train split; returns the sealed folder."""
     config: TrajectoryConfig = recipe.trajectories
     count = min(config.count, len(data))
@@ -74,7 +78,11 @@ def make_trajectories(recipe: Recipe, teacher: DiT, origin: Manifest, data: Late
         assert batch.latents is not None
         generator = keyed_generator(recipe.seed, "trajectories", start)
         noise = torch.randn(batch.latents.shape, generator=generator)
-        states = sample_states(teacher, noise, batch.cond, times, Guidance(config.text, config.audio))
+        given = (noise, batch.cond, times, Guidance(config.text, config.audio))
+        if isinstance(teacher, CausalDiT):
+            states = causal_states(teacher, *given)
+        else:
+            states = sample_states(teacher, *given)
         temporary = path.with_suffix(".partial")
         save_file({"states": torch.stack([states[i] for i in kept], 1).half(), "index": rows}, temporary)
         temporary.replace(path)
@@ -103,3 +111,28 @@ def sample_states(teacher: DiT, noise: Tensor, cond: Conditions, times: Tensor, 
     """States of the guided Euler sampler at all `times`."""
     refs = teacher.encode_refs(cond)
     return euler(lambda x, t: guided_velocity(teacher, x, t, cond, guidance, refs), noise, times)
+
+
+@torch.no_grad()
+def causal_states(
+    teacher: CausalDiT, noise: Tensor, cond: Conditions, times: Tensor, guidance: Guidance
+) -> list[Tensor]:
+    """The same of an autoregressive teacher: each chunk's path starts from its own noise and is told the clean ends of
+    the chunks before it, so that it is a function of the two. Every branch of the guidance remembers for itself."""
+    size, clean = teacher.stream.chunk_frames, torch.zeros(len(noise), dtype=torch.float64, device=noise.device)
+    parts = branches(cond, guidance)
+    caches = [teacher.start(told) for _, told in parts]
+    chunks: list[Tensor] = []
+    for start in range(0, noise.shape[1], size):
+        heard = [(weight, told.frames(start, start + size)) for weight, told in parts]
+
+        def velocity(x: Tensor, t: Tensor, heard=heard, caches=caches) -> Tensor:
+            every = zip(heard, caches, strict=True)
+            return sum(weight * teacher.velocity(x, t, told, cache, t) for (weight, told), cache in every)
+
+        states = euler(velocity, noise[:, start : start + size], times)
+        chunks.append(torch.stack(states))
+        caches = [
+            teacher.remember(states[-1], clean, told, cache) for (_, told), cache in zip(heard, caches, strict=True)
+        ]
+    return list(torch.cat(chunks, 2))

@@ -1,5 +1,5 @@
-"""Adversarial term of DMD2 (arXiv 2405.14867, section 4.3): a head on the critic's features tells real latents from the
-student's, both noised to a random time, with the non-saturating loss
+"""Adversarial term of DMD2 (https://arxiv.org/abs/2405.14867, section 4.3): a head on the critic's features tells real
+latents from the student's, both noised to a random time, with the non-saturating loss
 
     role critic    L = mean softplus(-D(real_t)) + mean softplus(D(fake_t))        trains head and critic
     role student   L = mean softplus(-D(fake_t))                                   trains whoever made roll.x0

@@ -1,11 +1,12 @@
-"""Causal consistency distillation (consistency models, arXiv 2303.01469), without an average of the student: the target
-is the student itself under stop-gradient (improved consistency training, arXiv 2310.14189).
+"""Causal consistency distillation, discrete. The target is the student itself under stop-gradient (`target: student`,
+improved consistency training, https://arxiv.org/abs/2310.14189) or its moving average (`target: average`, consistency
+models, https://arxiv.org/abs/2303.01469), the one that the trainer keeps: its decay is train.ema.
 
 The rollout `consistency` noises a clean clip to t, takes one Euler step down a grid of times, and asks the student at
 both ends, every chunk under the same past of the clip, clean or at the stream's history noise:
 
     x_t = (1 - t) x0 + t eps        x_s = x_t + (s - t) v
-    x0 = f(x_t, t)        target = sg f(x_s, s)        f(x, t) = x - t v_student(x, t), so that f(x, 0) = x
+    x0 = f(x_t, t)        target = f-(x_s, s)          f(x, t) = x - t v_student(x, t), so that f(x, 0) = x
 
 and the term is their pseudo-Huber distance per chunk, mean sqrt(d^2 + c^2) - c with d the root mean square difference.
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from distill.contracts import Roles, Roll, Term
 from distill.data.batch import Batch
 from distill.rollout import teacher_forced
+from teacher.conditions import Conditions
 from teacher.flow import add_noise, per_frame, schedule, velocity
 from teacher.guidance import Guidance, guided_velocity
 
@@ -45,6 +47,7 @@ class RollConfig:
     steps: int = 16  # of the grid; the student's own step times are put in between
     shift: float = 3.0
     velocity: str = "data"
+    target: str = "student"
     cfg: Guidance = field(default_factory=Guidance)
 
     def __post_init__(self):
@@ -52,6 +55,8 @@ class RollConfig:
             raise ValueError("steps must be at least 2, shift above 0")
         if self.velocity not in ("data", "teacher"):
             raise ValueError(f"velocity {self.velocity!r} must be data or teacher")
+        if self.target not in ("student", "average"):
+            raise ValueError(f"target {self.target!r} must be student or average")
 
 
 def term(roll: Roll, roles: Roles, cfg: Config) -> Term:
@@ -67,16 +72,19 @@ def roll_consistency(batch: Batch, roles: Roles, cfg: RollConfig) -> Roll:
     """The student's x0 at one time of the grid, and as target its x0 one Euler step further down."""
     x0 = batch.latents
     assert x0 is not None
+    weights = roles.average if cfg.target == "average" else None
+    if cfg.target == "average" and weights is None:
+        raise ValueError("rollout.target average needs the moving average that the trainer keeps, there is none.")
     times = grid(cfg, roles.stream.steps)
     n = torch.randint(1, len(times), (len(x0),), generator=roles.generator("consistency/time"))
     t, s = times[n].to(x0.device), times[n - 1].to(x0.device)
     eps = roles.noise(x0, "consistency/noise")
     xt = add_noise(x0, eps, t)
     with torch.no_grad():
-        xs = xt + per_frame(s - t, xt) * _velocity(x0, eps, xt, t, batch, roles, cfg)
+        xs = xt + per_frame(s - t, xt) * path_velocity(x0, eps, xt, t, batch.cond, roles, cfg)
     roll = teacher_forced(batch, roles, xt, t, x0)
     with torch.no_grad():
-        target = teacher_forced(batch, roles, xs, s, x0).x0
+        target = teacher_forced(batch, roles, xs, s, x0, weights).x0
     return replace(roll, target=target)
 
 
@@ -88,10 +96,11 @@ def grid(cfg: RollConfig, steps: tuple[float, ...]) -> Tensor:
     return torch.cat([schedule(cfg.steps, cfg.shift), torch.tensor(steps, dtype=torch.float64)]).unique()
 
 
-def _velocity(x0: Tensor, eps: Tensor, xt: Tensor, t: Tensor, batch: Batch, roles: Roles, cfg: RollConfig) -> Tensor:
+def path_velocity(x0: Tensor, eps: Tensor, xt: Tensor, t: Tensor, cond: Conditions, roles: Roles, cfg) -> Tensor:
+    """The v along which a path goes on from xt: `cfg` has velocity (data or teacher) and the guidance cfg."""
     own, plain = velocity(x0, eps), cfg.cfg == Guidance()
     if cfg.velocity == "data" and plain:
         return own
     teacher = roles.dit("teacher")
-    guided = guided_velocity(teacher, xt, t, batch.cond, cfg.cfg)
-    return guided if cfg.velocity == "teacher" else own + guided - teacher(xt, t, batch.cond)
+    guided = guided_velocity(teacher, xt, t, cond, cfg.cfg)
+    return guided if cfg.velocity == "teacher" else own + guided - teacher(xt, t, cond)

@@ -1,4 +1,4 @@
-"""Flow matching (arXiv 2210.02747): the network predicts eps - x0 at a random time of a noised clean clip.
+"""Flow matching (https://arxiv.org/abs/2210.02747): the network predicts eps - x0 at a random time of a noised clip.
 
 Trains the teacher on data, with per-modality dropout for guidance, and the critic on the student's own samples: there
 `x0` is detached, so that nothing reaches the student. Loss = mean (v - (eps - x0))^2.
@@ -9,15 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from distill.contracts import Roles, Roll, Term
+from teacher.conditions import Conditions
 from teacher.flow import add_noise, sample_time, velocity
 
 
 @dataclass(frozen=True)
-class Config:
-    role: str = "critic"
-    shift: float = 2.0  # of the times trained on
+class TimesAndDropout:
+    """At which times a flow is learned, and how often without which condition (for guidance)."""
+
+    shift: float = 2.0
     low: float = 0.0
     high: float = 1.0
     drop_text: float = 0.0
@@ -26,10 +29,27 @@ class Config:
     drop_refs: float = 0.0
 
     def __post_init__(self):
-        if self.role not in ("teacher", "critic"):
-            raise ValueError(f"role {self.role!r} must be teacher or critic")
         if not 0 <= self.low < self.high <= 1 or self.shift <= 0:
             raise ValueError("times need 0 <= low < high <= 1 and a shift above 0")
+
+    def dropped(self, cond: Conditions, u: Tensor) -> Conditions:
+        """Conditions without what uniform numbers u [3, B] say."""
+        both = u[1] < self.drop_both
+        return cond.drop(
+            text=both | (u[0] < self.drop_text),
+            audio=both | (u[2] < self.drop_audio),
+            refs=(u[0] > 1 - self.drop_refs),
+        )
+
+
+@dataclass(frozen=True)
+class Config(TimesAndDropout):
+    role: str = "critic"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.role not in ("teacher", "critic"):
+            raise ValueError(f"role {self.role!r} must be teacher or critic")
 
 
 def term(roll: Roll, roles: Roles, cfg: Config) -> Term:
@@ -39,11 +59,5 @@ def term(roll: Roll, roles: Roles, cfg: Config) -> Term:
     t = sample_time((len(x0),), cfg.shift, roles.generator(f"{name}/time"), cfg.low, cfg.high).to(x0.device)
     eps = roles.noise(x0, f"{name}/noise")
     u = torch.rand(3, len(x0), generator=roles.generator(f"{name}/drop")).to(x0.device)
-    both = u[1] < cfg.drop_both
-    cond = roll.cond.drop(
-        text=both | (u[0] < cfg.drop_text),
-        audio=both | (u[2] < cfg.drop_audio),
-        refs=(u[0] > 1 - cfg.drop_refs),
-    )
-    v = roles.dit(cfg.role)(add_noise(x0, eps, t), t, cond)
+    v = roles.dit(cfg.role)(add_noise(x0, eps, t), t, cfg.dropped(roll.cond, u))
     return Term((v - velocity(x0, eps)).square().mean())

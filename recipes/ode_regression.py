@@ -1,7 +1,8 @@
-"""ODE regression (CausVid, arXiv 2412.07772): from any point of the teacher's path, predict where the path ends.
+"""ODE regression (CausVid, https://arxiv.org/abs/2412.07772): from any point of the teacher's path, predict its end.
 
 Runs on the rollout `teacher`: roll.x0 is the student's one-step prediction at a stored state, roll.target the end of
-that trajectory. Loss = mean (x0 - target)^2 in latent space.
+that trajectory. Loss = mean (x0 - target)^2 in latent space. Whose paths they are, the bidirectional teacher's or an
+autoregressive one's (Causal-Forcing, https://arxiv.org/abs/2602.02214), is the rollout's `source`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Perceptual distance between the student's decoded frames and the target's (CausVid and LPM 1.0 use LPIPS here).
+"""Perceptual distance between the student's decoded frames and the target's (CausVid, https://arxiv.org/abs/2412.07772,
+and LPM 1.0 use LPIPS here, https://arxiv.org/abs/1801.03924).
 
 Without learned features in reach, distance is taken on a Laplacian pyramid of the decoded pixels: every band counts
 alike, so that the few pixels of a mouth or an eyelid weigh as much as the large flat areas that dominate latent MSE.

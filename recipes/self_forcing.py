@@ -1,4 +1,4 @@
-"""On-policy rollouts (Self-Forcing, arXiv 2506.08009): the student trains on what it itself produced, cache and all.
+"""On-policy rollouts (Self-Forcing, https://arxiv.org/abs/2506.08009): the student trains on what it itself produced.
 
 `self`    a clip or longer, chunk by chunk. One exit step per rollout, the same for every chunk and rank; only that
           evaluation carries gradient; the finished chunk is run again, without gradient, to write its K/V as noisy

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from student.kv_cache import KVCache
@@ -21,7 +22,8 @@ from teacher.rope import grid_positions
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """How the student streams. Backbone takes all `steps` but the last, the refiner the last one."""
+    """How the student streams. Backbone takes all `steps` but the last, the refiner the last one; with a single step
+    there is no refiner. A flow map takes any steps, also others than it was trained with."""
 
     chunk_frames: int = 3  # latent frames per chunk
     sink_chunks: int = 1
@@ -36,6 +38,11 @@ class StreamConfig:
             raise ValueError(f"steps {list(self.steps)} must fall from 1.0")
         if self.steps[-1] <= 0 or not 0 <= self.history_noise < 1:
             raise ValueError("steps must stay above 0 and history_noise must lie in [0, 1)")
+
+    @property
+    def refined(self) -> bool:
+        """Is there a step for a refiner?"""
+        return len(self.steps) > 1
 
     @property
     def visible_chunks(self) -> int:
@@ -56,18 +63,30 @@ class CausalDiT(nn.Module):
         grid = (self.stream.chunk_frames, rows, columns)
         return KVCache(self.dit.encode_refs(cond), grid, self.stream.sink_chunks, self.stream.window_chunks)
 
-    def velocity(self, xt: Tensor, t: Tensor, cond: Conditions, cache: KVCache) -> Tensor:
-        """v of one chunk, xt [B, K, C, H, W], t [B]; `cond` covers this chunk's frames."""
-        return self.dit.run(xt, t, cond, cache.positions(), cache.context())[0]
+    @property
+    def flow_map(self) -> bool:
+        """Does it hear where a step ends?"""
+        return self.dit.config.flow_map
+
+    def velocity(self, xt: Tensor, t: Tensor, cond: Conditions, cache: KVCache, r: Tensor | None = None) -> Tensor:
+        """v of one chunk, xt [B, K, C, H, W], t [B]; `cond` covers this chunk's frames. A flow map gives the one that
+        leads from t to r [B], to a clean chunk where r is not told; others know no r but 0."""
+        return self.dit.run(xt, t, cond, cache.positions(), cache.context(), r=self._end(t, r))[0]
 
     def remember(self, x: Tensor, t: Tensor, cond: Conditions, cache: KVCache) -> KVCache:
         """The cache after the finished chunk `x` (clean, or noised to t [B])."""
         return cache.push(self.dit.run(x, t, cond, cache.positions(), cache.context())[1])
 
     def forward(
-        self, xt: Tensor, t: Tensor, cond: Conditions, hist: Tensor | None = None, t_hist: Tensor | None = None
+        self,
+        xt: Tensor,
+        t: Tensor,
+        cond: Conditions,
+        hist: Tensor | None = None,
+        t_hist: Tensor | None = None,
+        r: Tensor | None = None,
     ) -> Tensor:
-        """v of a clip of whole chunks, xt [B, T, C, H, W], t [B] or [B, T].
+        """v of a clip of whole chunks, xt [B, T, C, H, W], t and r (as in `velocity`) [B] or [B, T].
 
         With `hist` (like xt, at noise level t_hist): each chunk sees the given history (teacher forcing). Without:
         each chunk sees the noisy chunks before it (diffusion forcing). Clips longer than the stream's window are
@@ -90,9 +109,15 @@ class CausalDiT(nn.Module):
             refs[0][0].k.shape[1],
         )
         if hist is None:
-            return self.dit.run(xt, t, cond, positions, refs, causal_mask(*sizes).to(xt.device))[0]
+            return self.dit.run(xt, t, cond, positions, refs, causal_mask(*sizes).to(xt.device), self._end(t, r))[0]
         if t_hist is None:
             raise ValueError("A given history needs its noise level t_hist.")
         layers = self.dit.run(hist, t_hist, cond, positions, refs, causal_mask(*sizes).to(xt.device))[1]
         context = [[*ref, KV(k, v, positions)] for ref, (k, v) in zip(refs, layers, strict=True)]
-        return self.dit.run(xt, t, cond, positions, context, teacher_forcing_mask(*sizes).to(xt.device))[0]
+        mask = teacher_forcing_mask(*sizes).to(xt.device)
+        return self.dit.run(xt, t, cond, positions, context, mask, self._end(t, r))[0]
+
+    def _end(self, t: Tensor, r: Tensor | None) -> Tensor | None:
+        if not self.flow_map:
+            return None
+        return torch.zeros_like(t) if r is None else r

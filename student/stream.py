@@ -34,18 +34,20 @@ def denoise_chunk(
     generator: torch.Generator,
     exit_step: int | None = None,
 ) -> Tensor:
-    """Denoise one chunk. `draft` [B, K, C, H, W] is noised to steps[0] first: at t = 1 nothing of it is left.
+    """Denoise one chunk. `draft` [B, K, C, H, W] is noised to steps[0] first: at t = 1 nothing of it is left. Between
+    steps x0 is noised afresh; a flow map goes from time to time instead, along the path that it knows.
 
     With `exit_step` the loop ends there and only that evaluation carries gradient (Self-Forcing, arXiv 2506.08009).
     """
     last = len(steps) - 1 if exit_step is None else exit_step
-    x0 = draft
+    x = draft
     for index in range(last + 1):
         t = torch.full((len(draft),), steps[index], dtype=torch.float64, device=draft.device)
-        xt = add_noise(x0, gaussian(draft, generator), t)
+        r = torch.full_like(t, steps[index + 1] if model.flow_map and index < last else 0.0)
+        xt = x if model.flow_map and index else add_noise(x, gaussian(draft, generator), t)
         with torch.set_grad_enabled(torch.is_grad_enabled() and (exit_step is None or index == exit_step)):
-            x0 = x0_from_v(xt, model.velocity(xt, t, cond, cache), t)
-    return x0
+            x = x0_from_v(xt, model.velocity(xt, t, cond, cache, r), t - r)  # x_r
+    return x
 
 
 @torch.no_grad()
@@ -69,6 +71,8 @@ def stream(
     """
     config = backbone.stream
     size = config.chunk_frames
+    if refiner is not None and not config.refined:
+        raise ValueError("A stream of a single step has none left for a refiner.")
     if cond.num_frames % size:
         raise ValueError(
             f"A stream is made of whole chunks of {size} latent frames, the audio covers {cond.num_frames}: pad it."

@@ -39,6 +39,7 @@ class DiTConfig:
     speak_window: int = 3  # latent frames, the current one included
     listen_window: int = 10
     references: tuple[str, ...] = ("global", "expression", "expression")  # kind of each reference slot
+    flow_map: bool = False  # a second time input r, the time at which a step ends (recipes/flow_map.py)
     checkpoint_blocks: bool = False  # recompute activations in the backward pass
 
     def __post_init__(self):
@@ -74,6 +75,11 @@ class DiT(nn.Module):
         self.head = Head(dim, patch_dim)
         nn.init.zeros_(self.head.head.weight)
         nn.init.zeros_(self.head.head.bias)
+        if config.flow_map:  # silent at its start: weights without it do what they did
+            last = nn.Linear(dim, dim)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.interval_embedding = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), last)
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditions, refs: list[list[KV]] | None = None) -> Tensor:
         """Bidirectional velocity. `refs` may carry `encode_refs(cond)` from an earlier call."""
@@ -109,9 +115,11 @@ class DiT(nn.Module):
         positions: Tensor,
         context: list[list[KV]] | None,
         mask: Tensor | None = None,
+        r: Tensor | None = None,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """The network proper: tokens of `x` at `positions` [T*n, 3], looking at each other (through `mask`) and at the
-        per-layer `context`. Returns v like x and the per-layer (k before RoPE, v) of these tokens."""
+        per-layer `context`. Returns v like x and the per-layer (k before RoPE, v) of these tokens. A flow map with r
+        (like t, at most t) gives the mean velocity of the path from t to r; references and history have no r."""
         frames, patch = x.shape[1], self.config.patch
         rows, columns = self.token_grid(x)
         tokens = rearrange(x, "b t c (h p) (w q) -> b (t h w) (p q c)", p=patch, q=patch)
@@ -120,6 +128,9 @@ class DiT(nn.Module):
         tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
         t = t[:, None].expand(-1, frames) if t.ndim == 1 else t
         time = self.time_embedding(time_features(t).to(tokens.dtype))  # [B, T, D]
+        if r is not None:
+            r = r[:, None].expand(-1, frames) if r.ndim == 1 else r
+            time = time + self.interval_embedding(time_features(t - r).to(tokens.dtype))
         table = self.time_projection(time).unflatten(-1, (6, -1))  # [B, T, 6, D]
         told = self._told(cond)
         layers = []

@@ -35,18 +35,18 @@ def guided_velocity(
     model: DiT, x: Tensor, t: Tensor, cond: Conditions, guidance: Guidance, refs: list[list[KV]] | None = None
 ) -> Tensor:
     """Guided velocity of the bidirectional model, [B, T, C, H, W].."""
-    weights = _branch_weights(guidance)
-    branches = {
-        "full": cond,
-        "text": cond.drop(audio=True),
-        "none": cond.drop(audio=True, text=True),
-    }
     refs = model.encode_refs(cond) if refs is None else refs
     # Conditional and unconditional passes one after the other: a joint batch would double the peak memory at 17B.
     out = torch.zeros_like(x)
-    for name, weight in weights.items():
-        out = out + weight * model(x, t, branches[name], refs)
+    for weight, told in branches(cond, guidance):
+        out = out + weight * model(x, t, told, refs)
     return out
+
+
+def branches(cond: Conditions, guidance: Guidance) -> list[tuple[float, Conditions]]:
+    """(weight, conditions) of every velocity that the guided one is a sum of."""
+    told = {"full": cond, "text": cond.drop(audio=True), "none": cond.drop(audio=True, text=True)}
+    return [(weight, told[name]) for name, weight in _branch_weights(guidance).items()]
 
 
 def _branch_weights(guidance: Guidance) -> dict[str, float]:

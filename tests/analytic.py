@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from distill.data.batch import keyed_generator
 from distill.rollout import TrajectoryConfig
-from distill.trajectories import sample_states, step_times
+from distill.trajectories import causal_states, sample_states, step_times
 from student.causal_dit import CausalDiT, StreamConfig
 from teacher.attention import KV
 from teacher.codec import PCACodec
@@ -161,48 +161,61 @@ class Bidirectional(DiT):
 class Causal(CausalDiT):
     """A student that sees its chunk and the chunk before it, which for AR(1) is all there is to see.
 
-    The cache is that chunk with its noise level; a stream begins with none.
+    The cache is that chunk with its noise level; a stream begins with none. A flow map hears r beside t.
     """
 
-    def __init__(self, world: World, stream: StreamConfig):
+    flow_map = False
+
+    def __init__(self, world: World, stream: StreamConfig, flow_map: bool = False):
         nn.Module.__init__(self)
-        self.stream, self.channels = stream, world.channels
+        self.stream, self.channels, self.flow_map = stream, world.channels, flow_map
         self.numbers = stream.chunk_frames * world.channels
-        self.net = Perceptron(2 * self.numbers + 2, self.numbers)
+        self.net = Perceptron(2 * self.numbers + 2 + 7 * flow_map, self.numbers)
 
     def start(self, cond: Conditions):
         rows = len(cond.refs)
         return torch.zeros(rows, self.numbers + 2)
 
-    def velocity(self, xt: Tensor, t: Tensor, cond: Conditions, cache) -> Tensor:
-        v, _ = self.net(torch.cat([xt.flatten(1), cache], -1), t)
+    def velocity(self, xt: Tensor, t: Tensor, cond: Conditions, cache, r: Tensor | None = None) -> Tensor:
+        end = [time_features(torch.zeros_like(t) if r is None else r)] if self.flow_map else []
+        v, _ = self.net(torch.cat([xt.flatten(1), cache, *end], -1), t)
         return rearrange(v, "b (k c) -> b k c 1 1", c=self.channels)
 
     def remember(self, x: Tensor, t: Tensor, cond: Conditions, cache):
         return torch.cat([x.flatten(1), t.float()[:, None], torch.ones(len(x), 1)], -1)
 
     def forward(
-        self, xt: Tensor, t: Tensor, cond: Conditions, hist: Tensor | None = None, t_hist: Tensor | None = None
+        self,
+        xt: Tensor,
+        t: Tensor,
+        cond: Conditions,
+        hist: Tensor | None = None,
+        t_hist: Tensor | None = None,
+        r: Tensor | None = None,
     ) -> Tensor:
-        assert hist is not None and t_hist is not None
         size, out, cache = self.stream.chunk_frames, [], self.start(cond)
-        t = repeat(t, "b -> b k", k=xt.shape[1]) if t.ndim == 1 else t
+        t, t_hist = (repeat(s, "b -> b k", k=xt.shape[1]) if s is not None and s.ndim == 1 else s for s in (t, t_hist))
+        hist, t_hist = (xt, t) if hist is None or t_hist is None else (hist, t_hist)
         for start in range(0, xt.shape[1], size):
             chunk = slice(start, start + size)
-            out.append(self.velocity(xt[:, chunk], t[:, start], cond, cache))
-            cache = self.remember(hist[:, chunk], t_hist, cond, cache)
+            out.append(self.velocity(xt[:, chunk], t[:, start], cond, cache, r))
+            cache = self.remember(hist[:, chunk], t_hist[:, start], cond, cache)
         return torch.cat(out, 1)
 
 
 class Paths:
-    """Trajectories of a world's exact teacher, in the place of stored ones."""
+    """Trajectories of a world's exact teacher, or of an autoregressive one, in the place of stored ones."""
 
-    def __init__(self, world: World, times: tuple[float, ...], count: int = 2048):
+    def __init__(self, world: World, times: tuple[float, ...], teacher: CausalDiT | None = None, count: int = 2048):
         grid, kept = step_times(TrajectoryConfig(steps=24, shift=1.0), times)
         noise = torch.randn(
             count, world.frames, world.channels, 1, 1, generator=keyed_generator("paths"), dtype=torch.float64
         )
-        states = sample_states(Exact(world), noise, conditions(world, count), grid, Guidance(1.0, 1.0))
+        given = (conditions(world, count), grid, Guidance(1.0, 1.0))
+        if teacher is None:
+            states = sample_states(Exact(world), noise, *given)
+        else:
+            states = causal_states(teacher, noise.float(), *given)
         self._states = torch.stack([states[i] for i in kept], 1).float()
 
     def __len__(self) -> int:

@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from mutants_objectives import OBJECTIVES
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("teacher", "student", "evaluation", "distill", "recipes", "tests")
 
@@ -157,14 +159,14 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ),
     ],
     ("recipes/dmd.py", "recipes"): [
-        ("return (fake - real)", "return (real - fake)", "sign of the DMD gradient"),
+        ("g = (fake - real)", "g = (real - fake)", "sign of the DMD gradient"),
         (".square().mean() / 2", ".square().mean()", "DMD twice as strong"),
-        ("fake = x0_from_v(xt, critic(", "fake = x0_from_v(xt, teacher(", "teacher in the place of the critic"),
         (
-            "if x0.shape[1] % roles.stream.chunk_frames == 0 else x0.shape[1]",
-            "* 0 + x0.shape[1]",
-            "normalizer over the whole clip",
+            "fake = x0_from_v(xt, critic(",
+            'fake = x0_from_v(xt, roles.dit("teacher")(',
+            "teacher in the place of the critic",
         ),
+        ("chunk = size if frames % size == 0 else frames", "chunk = frames", "normalizer over the whole clip"),
         (
             "with torch.no_grad():\n        gradient = dmd_gradient(roll.x0.detach()",
             "with torch.enable_grad():\n        gradient = dmd_gradient(roll.x0",
@@ -173,7 +175,7 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("recipes/flow_matching.py", "recipes"): [
         ("x0 = roll.x0.detach()", "x0 = roll.x0", "critic's loss reaches the student"),
-        ("text=both | (u[0] < cfg.drop_text)", "text=both", "text never dropped alone"),
+        ("text=both | (u[0] < self.drop_text)", "text=both", "text never dropped alone"),
     ],
     ("distill/rollout.py", "recipes"): [
         (
@@ -245,8 +247,8 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("recipes/consistency.py", "objectives"): [
         ("per_frame(s - t, xt)", "per_frame(t - s, xt)", "a step up instead of down"),
         (
-            "teacher_forced(batch, roles, xs, s, x0).x0",
-            "teacher_forced(batch, roles, xt, t, x0).x0",
+            "teacher_forced(batch, roles, xs, s, x0, weights).x0",
+            "teacher_forced(batch, roles, xt, t, x0, weights).x0",
             "target at the same time",
         ),
         (
@@ -365,7 +367,8 @@ def run(folder: Path, areas: str) -> bool:
 
 
 def main(words: list[str]) -> int:
-    every = [(path, areas, *mutant) for (path, areas), mutants in MUTANTS.items() for mutant in mutants]
+    table = MUTANTS | OBJECTIVES
+    every = [(path, areas, *mutant) for (path, areas), mutants in table.items() for mutant in mutants]
     chosen = [mutant for mutant in every if not words or any(word in mutant[0] + mutant[4] for word in words)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -163,6 +163,14 @@ def test_a_changed_rollout_kind_drops_the_keys_of_the_old_kind(tmp_path: Path) -
     assert config.load(child).rollout == config.RolloutSpec("data", Empty())
 
 
+def test_a_kind_from_the_command_line_drops_the_keys_that_the_file_gives_the_old_one(tmp_path: Path) -> None:
+    path = write(tmp_path, BASE)
+    assert config.load(path, ["rollout.kind=data"]).rollout == config.RolloutSpec("data", Empty())
+    for order in (["rollout.kind=data", "rollout.width=3"], ["rollout.width=3", "rollout.kind=data"]):
+        assert config.load(path, order).rollout == config.RolloutSpec("data", Empty(3))
+    assert config.load(path, ["rollout.kind=long"]).rollout == config.RolloutSpec("long", RollConfig(8))
+
+
 def test_extends_in_a_circle_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "extends: b.yaml\n", "a.yaml")
     assert "circle" in error_of(write(tmp_path, "extends: a.yaml\n", "b.yaml"))

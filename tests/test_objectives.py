@@ -12,8 +12,9 @@ import torch
 from analytic import Causal, Exact, World, best_gaussian, blobs, codec, conditions, energy_distance, video
 from conftest import batch_of, has_gradient, latents, small_roles, small_student
 from conftest import conditions as small_conditions
-from objectives import BY_LABEL, CASES, COUNT, PLAIN, generate, lags, measured, trained
-from objectives_table import PAGE
+from objectives import COUNT, generate, lags, measured, trained
+from objectives_cases import BY_LABEL, CASES, PLAIN, STAGE1
+from objectives_table import FLOW_MAP, PAGE, any_steps
 from torch import Tensor
 
 from distill import rollout
@@ -119,7 +120,7 @@ def test_a_bidirectional_teachers_step_tells_less_of_the_past_than_the_causal_fl
     seen = torch.cat([xt[:, 2:].flatten(1), x0[:, :2].flatten(1), torch.ones(count, 1)], 1)
     of_past = {}
     for kind in ("data", "teacher"):
-        v = consistency._velocity(x0, eps, xt, t, batch, roles, consistency.RollConfig(velocity=kind))
+        v = consistency.path_velocity(x0, eps, xt, t, batch.cond, roles, consistency.RollConfig(velocity=kind))
         of_past[kind] = torch.linalg.lstsq(seen, v[:, 2:].flatten(1)).solution[2:4].sum(0)
     s, a = world.covariances[0], 0.8  # the exact causal flow: E[eps - x0 | own x_t, past], second chunk
     joint = torch.block_diag((1 - a) ** 2 * s[2:, 2:] + a**2 * torch.eye(2), s[:2, :2])
@@ -191,16 +192,13 @@ def test_consistency_gives_gradient_to_the_students_earlier_prediction_alone() -
 
 def test_the_datas_step_takes_guidance_from_the_teacher() -> None:
     roles, cond, x0 = small_roles(STREAM), small_conditions(4), latents(4)
-    batch, t = batch_of(cond, x0), torch.full((2,), 0.6, dtype=torch.float64)
+    t = torch.full((2,), 0.6, dtype=torch.float64)
     eps = latents(4, seed=3)
     xt = add_noise(x0, eps, t)
-    steps = {
-        (kind, w): consistency._velocity(
-            x0, eps, xt, t, batch, roles, consistency.RollConfig(velocity=kind, cfg=replace(PLAIN, text=w, audio=w))
-        )
-        for kind in ("data", "teacher")
-        for w in (1.0, 3.0)
-    }
+    steps = {}
+    for kind, w in ((kind, w) for kind in ("data", "teacher") for w in (1.0, 3.0)):
+        cfg = consistency.RollConfig(velocity=kind, cfg=replace(PLAIN, text=w, audio=w))
+        steps[kind, w] = consistency.path_velocity(x0, eps, xt, t, cond, roles, cfg)
     torch.testing.assert_close(steps["data", 1.0], eps - x0)
     torch.testing.assert_close(
         steps["data", 3.0] - steps["data", 1.0], steps["teacher", 3.0] - steps["teacher", 1.0], atol=1e-10, rtol=0
@@ -263,3 +261,16 @@ def test_on_policy_chunks_continue_their_own_past() -> None:
     blind.remember = lambda x, t, cond, cache: cache
     roles = replace(trained(ON_POLICY), models={"student": blind})
     assert abs(lags(generate(case, roles))[1]) < 0.1
+
+
+def test_regression_on_autoregressive_paths_keeps_the_past_that_bidirectional_paths_lose() -> None:
+    inside, across = lags(measured("`ode_regression`, paths of teacher forcing").clips)
+    assert min(inside, across) > 0.75
+    assert max(lags(generate(STAGE1, trained(STAGE1.label)))) < 0.65
+    exact = lags(measured("`causal_flow_matching`, teacher forcing").clips)
+    assert min(exact) > 0.8
+
+
+def test_one_trained_flow_map_makes_good_clips_in_one_two_four_and_eight_steps() -> None:
+    for count in (1, 2, 4, 8):
+        assert any_steps(FLOW_MAP, count) < BY_LABEL[FLOW_MAP].bound
