@@ -462,6 +462,46 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("self.loop.call_later(CUT_SECONDS, self.transport.abort)", "pass", "a client that never reads is never cut"),
         ("listener.bind(address)", 'listener.bind(("", address[1]))', "bound to every address"),
     ],
+||||||| merged common ancestors
+    ("distill/modules.py", "modules"): [
+        ("if own is not None and name in shipped_names:", "if own == 0:", "a file takes a shipped loss's place"),
+        ("found.setdefault(path.stem, path)", "found[path.stem] = path", "the farthest folder wins"),
+    ],
+    ("distill/runs.py", "modules"): [
+        ('"utf-8")) != meaning(path', '"utf-8")) == meaning(path', "a changed loss goes on in the old run"),
+    ],
+    ("distill/grid.py", "ablate"): [
+        ("own_seed = seed if last or", "own_seed = seed if last and", "parents of another seed"),
+        ('"code": {path.name', '"mode": {path.name[:0]', "an edited loss counts as the old one"),
+    ],
+    ("distill/progress.py", "ablate"): [
+        (
+            "if any(part.key == job.key for part in plan.chain(other.key)):",
+            "if other.key == job.key:",
+            "what needs a failed job waits for ever",
+        ),
+    ],
+    ("distill/jobs.py", "ablate"): [
+        ("one.process.send_signal(signal.SIGTERM)", "one.process.poll()", "ctrl-C does not reach the jobs"),
+        ("_ready(plan, progress)[: count - len(running)]", "_ready(plan, progress)", "all jobs at once"),
+    ],
+    ("evaluation/crossed.py", "arms"): [
+        (
+            "total = ms_seeds + torch.where(more, ms_people - ms_rest, 0.0)",
+            "total = torch.where(more, ms_people, ms_rest)",
+            "the luck of a training counts as an effect",
+        ),
+        ("sums * sums.shape[1] / count", "sums / count", "people weigh too little"),
+        ("p * len(known) / (len(known) - above)", "p", "p-values for one test among many"),
+    ],
+    ("evaluation/arms.py", "arms"): [
+        ("if not abs(entry.error) >= metric.matters or not", "if not", "marks for what nobody would notice"),
+        (
+            "metric.errors(ours) - metric.errors(theirs)",
+            "metric.errors(theirs) - metric.errors(ours)",
+            "better and worse change places",
+        ),
+    ],
 }
 
 
@@ -481,7 +521,7 @@ def main(words: list[str]) -> int:
         folder = Path(temporary)
         for name in (*PACKAGES, "docs"):  # a test reads the table of objectives
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
-        for name in ("pyproject.toml", "Makefile"):
+        for name in ("pyproject.toml", "Makefile", "README.md"):
             shutil.copy(ROOT / name, folder)
         if not run(folder, " ".join(dict.fromkeys(" ".join(mutant[1] for mutant in chosen).split()))):
             print("The tests fail without any mutant: mend them first.")

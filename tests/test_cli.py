@@ -109,7 +109,7 @@ def test_a_stale_heartbeat_of_another_host_does_not_block() -> None:
         assert not stage.done
 
 
-@pytest.mark.parametrize("name", ["", "../up", "a b", ".hidden"])
+@pytest.mark.parametrize("name", ["", "../up", "a b", ".hidden", "a/../b", "/a", "a/b/c"])
 def test_a_run_name_that_would_leave_the_runs_folder_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="cannot name a run"):
         runs.run_folder(name)

@@ -3,11 +3,13 @@
 import json
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from distill import cli, config
 from distill.errors import ExitCode
+from distill.state.checkpoint import file_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = [path for path in (ROOT / "recipes").rglob("*.yaml") if "stage:" in path.read_text()]  # the rest are bases
@@ -78,3 +80,41 @@ def test_diff_names_what_differs_and_nothing_else(capsys: pytest.CaptureFixture[
     assert cli.main(["diff", "--a", "a", "--b", "a"]) == ExitCode.DONE
     assert "nothing differs" in capsys.readouterr().out
     assert cli.main(["diff", "--a", "a"]) == ExitCode.USAGE and "A=path B=path" in capsys.readouterr().err
+
+
+def test_the_family_tree_is_a_picture_too_eldest_first_and_a_lost_parent_is_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def put(folder: str, stage: str, parent: dict[str, str] | None) -> dict[str, str]:
+        path = Path(folder) / "manifest.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"stage": stage, "scale": "tiny", "step": 5, "parent": parent, "files": []}))
+        return {"path": folder, "manifest_sha256": file_hash(path)}
+
+    lost = {"path": "gone/teacher", "manifest_sha256": "0" * 64}
+    child = put("runs/a/stage2", "stage2", put("runs/a/stage1", "stage1", lost))
+    assert cli.main(["lineage", "--run", "a"]) == ExitCode.DONE
+    told = capsys.readouterr().out
+    assert "Wrote runs/a/lineage.svg." in told and told.index("stage2 tiny") < told.index("stage1 tiny")
+    picture = ElementTree.parse("runs/a/lineage.svg")
+    words = [text.text or "" for text in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert words[::2] == ["teacher", "stage1", "stage2"]
+    assert "gone" in words[1] and child["manifest_sha256"][:8] in words[5]
+    assert cli.main(["lineage", "--parent", "runs/a/stage1", "--out", "deep/tree.svg"]) == ExitCode.DONE
+    assert "stage2" not in Path("deep/tree.svg").read_text()
+
+
+def test_a_grid_is_listed_with_its_cells_and_validated_as_a_grid(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = [{"cell": "a", "seed": "0", "state": "done", "reason": ""}]
+    cells += [{"cell": "b", "seed": "0", "state": "failed", "reason": "The reason."}]
+    Path("runs/g/a-seed0/stage1").mkdir(parents=True)
+    Path("runs/g/a-seed0/stage1/STATUS.json").write_text('{"status": "done", "step": 3}')
+    Path("runs/g/GRID.json").write_text(json.dumps({"cells": cells, "baseline": "a"}))
+    assert cli.main(["runs"]) == ExitCode.DONE
+    told = capsys.readouterr().out
+    assert "grid, 1 of 2 cells done" in told and "stage1 done at 3" in told and "failed: The reason." in told
+    Path("g.yaml").write_text("name: g\nstages: [stage1]\ncellz: []\n")
+    assert cli.main(["validate", "--recipe", "g.yaml"]) == ExitCode.USAGE
+    assert "cellz: unknown key, did you mean 'cells'?" in capsys.readouterr().err
