@@ -462,7 +462,6 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("self.loop.call_later(CUT_SECONDS, self.transport.abort)", "pass", "a client that never reads is never cut"),
         ("listener.bind(address)", 'listener.bind(("", address[1]))', "bound to every address"),
     ],
-||||||| merged common ancestors
     ("distill/modules.py", "modules"): [
         ("if own is not None and name in shipped_names:", "if own == 0:", "a file takes a shipped loss's place"),
         ("found.setdefault(path.stem, path)", "found[path.stem] = path", "the farthest folder wins"),
