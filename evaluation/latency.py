@@ -86,6 +86,7 @@ def read_off(track: Track, chunk_seconds: float) -> dict[str, dict[str, float]]:
             "p95_s": quantile(wall, 0.95),
             "p99_s": quantile(wall, 0.99),
             "cpu_p50_s": statistics.median(track.cpu[:count]),
+            "cpu_p95_s": quantile(sorted(track.cpu[:count]), 0.95),
             "real_time_factor": sum(wall) / (count * chunk_seconds),
             "peak_memory_mib": max(track.resident[:count]) / 2**20,
         }

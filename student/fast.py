@@ -2,8 +2,7 @@
 
 The evaluations of one chunk (its steps, and the one that writes its keys and values) have the conditions and the
 context in common. What follows from these alone is made once per chunk: keys of the context rotated to their places,
-keys and values of text and audio. What follows from a time
-alone is made once per stream, from a text once per text.
+keys and values of the audio. What follows from a text alone is made once per text, from a time once per stream.
 """
 
 from __future__ import annotations
@@ -144,11 +143,12 @@ class FastDiT:
         if known is None or known[0] is not cond.text or known[1] is not cond.text_mask:
             known = (cond.text, cond.text_mask, [block.cross_attn.read(told[0][0]) for block in self.blocks])
             self._read = known
+        mask = _mask(context[0], cache)  # the same in every layer
         for index, (block, seen) in enumerate(zip(self.blocks, context, strict=True)):
             k = torch.cat([kv.k for kv in seen], 1).unflatten(-1, (heads, -1))
             v = torch.cat([kv.v for kv in seen], 1).unflatten(-1, (heads, -1))
             heard = block.cross_attn.hear(*told[index % 2][1:])
-            yield Layer(_turned(k, turn), v, _mask(seen, cache), known[2][index], heard)
+            yield Layer(_turned(k, turn), v, mask, known[2][index], heard)
 
 
 def _mask(seen: list[KV], cache: KVCache) -> Tensor | None:
