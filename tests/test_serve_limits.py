@@ -22,7 +22,7 @@ def demo(tmp_path: Path):
 def bad_client(port: int, *messages: str | bytes) -> tuple[int, str]:
     with Client(port) as client:
         for message in messages:
-            client.socket.send(message)
+            client.send(message)
         return client.ended()
 
 
