@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from student.fast import FastDiT
 from student.kv_cache import KVCache
 from student.mask import causal_mask, teacher_forcing_mask
 from teacher.attention import KV
@@ -67,6 +68,10 @@ class CausalDiT(nn.Module):
     def flow_map(self) -> bool:
         """Does it hear where a step ends?"""
         return self.dit.config.flow_map
+
+    def streaming(self) -> FastDiT:
+        """The same network for a stream without gradient, one per stream."""
+        return FastDiT(self)
 
     def velocity(self, xt: Tensor, t: Tensor, cond: Conditions, cache: KVCache, r: Tensor | None = None) -> Tensor:
         """v of one chunk, xt [B, K, C, H, W], t [B]; `cond` covers this chunk's frames. A flow map gives the one that

@@ -10,18 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from student.causal_dit import CausalDiT, StreamConfig
 from student.kv_cache import KVCache
 from teacher.attention import KV, attention
 from teacher.blocks import Block, time_features
 from teacher.conditions import Conditions
 from teacher.rope import rope_angles
+
+if TYPE_CHECKING:
+    from student.causal_dit import CausalDiT, StreamConfig
 
 KEPT_BYTES = 2**30  # rotated copies of a context up to this size are kept; larger ones are made again layer by layer
 Table = list[list[Tensor]]  # per layer: shift, 1 + scale, gate (attention), shift, 1 + scale, gate (feed-forward)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.types import ASGIApp
@@ -40,8 +40,11 @@ from teacher.embedder import IdentityEmbedder
 
 PAGE = Path(__file__).parent / "live" / "page"
 CUT_SECONDS = 10.0  # after its end, a connection that the client does not close is cut
+POLICY = (  # the WebSocket is named because not every browser counts it to 'self'
+    "default-src 'self'; connect-src 'self' ws://{host} wss://{host}; img-src 'self' blob:; "
+    "frame-ancestors 'none'; base-uri 'none'"
+)
 HEADERS = [
-    ("Content-Security-Policy", "default-src 'self'; img-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'"),
     ("X-Content-Type-Options", "nosniff"),
     ("Referrer-Policy", "no-referrer"),
     ("Cache-Control", "no-cache"),
@@ -86,8 +89,9 @@ def application(shown: list[Shown], folder: Path, limits: Limits | None = None, 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.get("/")
-    def page() -> FileResponse:
-        return FileResponse(PAGE / "index.html")
+    def page(request: Request) -> FileResponse:
+        policy = POLICY.format(host=request.headers["host"])  # checked by the guard
+        return FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": policy})
 
     @app.get("/about")
     def about() -> dict[str, Any]:

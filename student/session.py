@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from student import session_file
-from student.fast import FastDiT
 from student.hearing import LATENT_RATE, Heard, Waiting, paired, state_of, whole_frames
 from student.kv_cache import KVCache
 from student.stream import draft_chunk, refine_chunk
@@ -74,8 +73,8 @@ class Session:
         self.heard = Heard.nothing(model.backbone.dit.config.mels)  # like the caches: as of the last delivered chunk
         self.waiting = Waiting()
         told = self._told(self.heard.features, text)
-        self._backbone = FastDiT(model.backbone)
-        self._refiner = None if model.refiner is None else FastDiT(model.refiner)
+        self._backbone = model.backbone.streaming()
+        self._refiner = None if model.refiner is None else model.refiner.streaming()
         self.draft_cache = model.backbone.start(told)
         self.final_cache = None if model.refiner is None else model.refiner.start(told)
         self._drafts: dict[int, Future[Draft]] = {}  # made ahead, by number: one, or two while a chunk is refined

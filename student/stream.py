@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from student.causal_dit import CausalDiT
-from student.fast import FastDiT
 from student.kv_cache import KVCache
 from teacher.conditions import Conditions
 from teacher.draws import gaussian
@@ -101,8 +100,8 @@ def stream(
         raise ValueError(
             f"A stream is made of whole chunks of {size} latent frames, the audio covers {cond.num_frames}: pad it."
         )
-    draft_cache, fast = backbone.start(cond), FastDiT(backbone)
-    final_cache, finish = (refiner.start(cond), FastDiT(refiner)) if refiner is not None else (None, None)
+    draft_cache, fast = backbone.start(cond), backbone.streaming()
+    final_cache, finish = (refiner.start(cond), refiner.streaming()) if refiner is not None else (None, None)
     for index in range(cond.num_frames // size):
         told = cond.frames(index * size, (index + 1) * size)
         sources = [generator if isinstance(generator, torch.Generator) else generator(index, p) for p in PARTS]

@@ -11,13 +11,14 @@ import threading
 import time
 import wave
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from student import serve
@@ -169,15 +170,20 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.socket.close()
 
+    def send(self, message: str | bytes) -> None:
+        """Send, even into a connection that the server has just closed: `ended` tells why it did."""
+        with suppress(ConnectionClosed):
+            self.socket.send(message)
+
     def tell(self, kind: str, **fields: Any) -> None:
-        self.socket.send(json.dumps({"type": kind, **fields}))
+        self.send(json.dumps({"type": kind, **fields}))
 
     def start(self, character: str = "ann", **fields: Any) -> None:
         self.tell("start", character=character, **fields)
         assert self.read() == "started"
 
     def push(self, sound: np.ndarray, channel: int = SPEAK) -> None:
-        self.socket.send(pack_audio(channel, sound))
+        self.send(pack_audio(channel, sound))
 
     def read(self, timeout: float = 20.0) -> str:
         """One message; its type."""
@@ -194,8 +200,6 @@ class Client:
 
     def ended(self, timeout: float = 20.0) -> tuple[int, str]:
         """Read to the end: close code and reason."""
-        from websockets.exceptions import ConnectionClosed
-
         try:
             while True:
                 self.read(timeout)

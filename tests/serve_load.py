@@ -1,6 +1,6 @@
 """Many clients at once on a real Online LPM: `python tests/serve_load.py FOLDER [clients] [seconds]`.
 
-Each speaks noise of its own in real time, with its own character and seed. Prints what the issue of a server is: is
+Each speaks noise of its own in real time, with its own character and seed. Prints what matters of a server: is
 everything played, is it fair, does each get the pictures of its solo run, how long does it wait, what does it cost.
 """
 

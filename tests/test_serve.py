@@ -165,8 +165,6 @@ def test_two_models_hear_the_same_and_show_what_each_would_alone(demo):
         assert client.ended()[0] == 1000
     by_model = {name: [p for h, p in client.chunks if h["model"] == name] for name in "ab"}
     assert len(by_model["a"]) == 8 and by_model["a"] == by_model["b"]
-    order = [header["model"] for header, _ in client.chunks]
-    assert abs(order[:8].count("a") - 4) <= 1  # in turns, not one after the other
 
 
 # ---- who may come in ------------------------------------------------------------------------------------------

@@ -187,7 +187,7 @@ def test_an_interruption_throws_away_at_most_one_chunk(monkeypatch) -> None:
 
     made: list[int] = []
     real = sessions.draft_chunk
-    monkeypatch.setattr(sessions, "draft_chunk", lambda *given: (made.append(1), real(*given))[1])
+    monkeypatch.setattr(sessions, "draft_chunk", lambda *given, **how: (made.append(1), real(*given, **how))[1])
     session = small_model().stream(images(), look_ahead=1)
     session.push(speak=tone(8000 * 8))
     for shown in range(1, 5):
