@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from student.causal_dit import CausalDiT
+from student.fast import FastDiT
 from student.kv_cache import KVCache
 from teacher.conditions import Conditions
 from teacher.draws import gaussian
