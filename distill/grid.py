@@ -35,13 +35,15 @@ START_SECONDS = 15.0  # of a process: imports, data, networks, the first and the
 
 @dataclass(frozen=True)
 class Cell:
-    """One method: recipes by stage (`recipe` is that of the last stage), overrides, stages if not the grid's."""
+    """One method: recipes by stage (`recipe` is that of the last stage), overrides, stages if not the grid's, and
+    `step_seconds` where its last stage takes other time than the grid says."""
 
     name: str
     recipe: str = ""
     recipes: Any = field(default_factory=dict)  # {stage: path}
     set: Any = field(default_factory=dict)  # {key: value}
     stages: tuple[str, ...] = ()
+    step_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ def expand(grid: Grid) -> list[Cell]:
         stages = cell.stages or grid.stages
         recipes = {**grid.recipes, **cell.recipes, **({stages[-1]: cell.recipe} if cell.recipe else {})}
         settings = {**grid.set, **cell.set, **dict(zip(keys, values, strict=True))}
-        out.append(Cell("-".join(parts), "", recipes, settings, stages))
+        out.append(Cell("-".join(parts), "", recipes, settings, stages, cell.step_seconds))
     names = [cell.name for cell in out]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -264,7 +266,7 @@ def _chain(reader: Reader, cell: Cell, seed: int, run: str) -> list[Job]:
             needs=tuple(needs),
             links=tuple(links),
             parent=grid.parent if stage == cell.stages[0] else "",
-            expected=_expected(grid, stage, recipe.train.steps),
+            expected=_expected(grid, stage, recipe.train.steps, cell.step_seconds if last else None),
             steps=recipe.train.steps,
             variant=variant,
         )
@@ -333,8 +335,8 @@ def _facts(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _expected(grid: Grid, stage: str, count: int) -> float | None:
-    seconds = grid.step_seconds.get(stage)
+def _expected(grid: Grid, stage: str, count: int, own: float | None = None) -> float | None:
+    seconds = grid.step_seconds.get(stage) if own is None else own
     return None if seconds is None else START_SECONDS + seconds * count
 
 
