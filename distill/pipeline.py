@@ -51,10 +51,11 @@ def train_stage(options: Options, stage: str) -> None:
     """Train one stage, from its parent's checkpoint."""
     recipe = options.load(stage)
     if stage == "stage4" and not recipe.student.refined:
-        raise UserError(
-            f"student.steps {list(recipe.student.steps)} leaves no step for a refiner: there is no stage 4, go on from "
-            "stage 3 with `make export`."
-        )
+        told = f"student.steps {list(recipe.student.steps)} leaves no step for a refiner: there is no stage 4"
+        if not options.several:
+            raise UserError(f"{told}, go on from stage 3 with `make export`.")
+        print(f"{told}.")
+        return
     folder = run_folder(options.run)
     need_data(recipe)
     teacher = None if stage == "teacher" else find_teacher(recipe, folder)
@@ -79,7 +80,7 @@ def train_stage(options: Options, stage: str) -> None:
 def distill(options: Options) -> None:
     """Trajectories and stages 1 to 4."""
     trajectories(options)
-    for stage in _stages(options):
+    for stage in STAGES:
         train_stage(options, stage)
 
 
@@ -179,7 +180,7 @@ def online_lpm(options: Options) -> None:
         train_stage(options, "teacher")
     origin = find_teacher(recipe, folder)
     print(f"teacher: {origin.path} ({origin.hash[:12]})", flush=True)
-    for stage in _stages(options):
+    for stage in STAGES:
         train_stage(options, stage)
     export(options)
     evaluate(options)
@@ -187,12 +188,6 @@ def online_lpm(options: Options) -> None:
 
 
 # ---- pieces -----------------------------------------------------------------------------------------------
-
-
-def _stages(options: Options) -> tuple[str, ...]:
-    """The stages of a path: with a single step there is no refiner, and no stage 4."""
-    refined = replace(options, several=True).load("stage1").student.refined
-    return STAGES if refined else STAGES[:-1]
 
 
 def _rows(bench: Bench, recipe: Recipe, folder: Path) -> list[Row]:

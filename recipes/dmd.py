@@ -10,7 +10,8 @@ sample. Neither network sees a gradient. The teacher is bidirectional: it scores
 `divergence` says what between the student's distribution q and the real one p is made small: with r = p / q at the
 noised sample and f the divergence's function, h = f''(r) r^2. Reverse KL, the default, has h = 1 and is the only one
 that needs no ratio. The others read it off the head that the term `adversarial` trains on the critic, whose logit is
-log r: that term must stand in the critic's phase. h is kept between 1/limit and limit, then divided by its mean.
+log r (of the data, in the teacher's place): that term must stand in the critic's phase. h is kept between 1/limit and
+limit, then divided by its mean.
 """
 
 from __future__ import annotations

@@ -62,6 +62,6 @@ OBJECTIVES: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("distill/pipeline.py", "chains"): [
         ("    if made_by != wanted:\n", "    if False:\n", "trajectories of another teacher are taken"),
-        ("return STAGES if refined else STAGES[:-1]", "return STAGES", "a refiner without a step"),
+        ('if stage == "stage4" and not recipe.student.refined', "if False", "a refiner without a step"),
     ],
 }

@@ -111,6 +111,7 @@ def test_a_second_time_input_changes_nothing_until_it_is_trained_and_something_t
     randomize(dit.interval_embedding, 5)
     assert not torch.allclose(after(xt, t, cond, r=r), before(xt, t, cond))
     torch.testing.assert_close(after(xt, t, cond), after(xt, t, cond, r=0 * t))  # not told: to the clean end
+    assert not torch.allclose(after(xt, t, cond, r=r)[0], after(xt, t, cond, r=0 * t)[0])  # r = 0.5 is heard
     torch.testing.assert_close(after(xt, t, cond, r=repeat(r, "b -> b t", t=4)), after(xt, t, cond, r=r))
 
 
