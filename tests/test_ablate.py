@@ -180,14 +180,14 @@ def test_every_job_runs_once_and_a_second_call_does_nothing(
 ) -> None:
     found = plan(write(GRID))
     most = 0
-    start = jobs._ready
+    write = standing.write_state
 
-    def watch(*given: Any) -> list[Job]:
+    def watch(found: Plan, progress: Progress) -> None:
         nonlocal most
-        most = max(most, list(given[1].state.values()).count("running"))
-        return start(*given)
+        most = max(most, list(progress.state.values()).count("running"))
+        write(found, progress)
 
-    monkeypatch.setattr(jobs, "_ready", watch)
+    monkeypatch.setattr(standing, "write_state", watch)
     progress = run(found, monkeypatch, count=count)
     assert set(progress.state.values()) == {"done"} and 1 <= most <= count
     assert len(calls()) == 13 and set(calls().values()) == {1}
