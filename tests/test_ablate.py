@@ -180,12 +180,12 @@ def test_every_job_runs_once_and_a_second_call_does_nothing(
 ) -> None:
     found = plan(write(GRID))
     most = 0
-    write = standing.write_state
+    keep = standing.write_state
 
     def watch(found: Plan, progress: Progress) -> None:
         nonlocal most
         most = max(most, list(progress.state.values()).count("running"))
-        write(found, progress)
+        keep(found, progress)
 
     monkeypatch.setattr(standing, "write_state", watch)
     progress = run(found, monkeypatch, count=count)
