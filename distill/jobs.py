@@ -129,7 +129,7 @@ def _finish(plan: Plan, progress: Progress, ended: Running) -> None:
             write_json(job.folder / "report" / CARD, {"key": job.key, "seconds": seconds})
         progress.state[job.key] = "done"
         tqdm.write(f"{label}: done in {took}")
-    elif status in (ExitCode.STOPPED, ExitCode.INTERRUPTED):
+    elif status in (ExitCode.STOPPED, ExitCode.INTERRUPTED, -signal.SIGTERM):  # the last: it had nothing to save yet
         progress.state[job.key] = "stopped"
         tqdm.write(f"{label}: stopped and saved after {took}")
     else:

@@ -57,6 +57,7 @@ class CausalDiT(nn.Module):
     def __init__(self, dit: DiT, stream: StreamConfig):
         super().__init__()
         self.dit, self.stream = dit, stream
+        self.whole = True  # an engine that keeps the weights in pieces says False: then `DiT.run` alone may be called
 
     def start(self, cond: Conditions) -> KVCache:
         """An empty cache with the references of `cond`, kept for the whole stream."""
@@ -69,9 +70,10 @@ class CausalDiT(nn.Module):
         """Does it hear where a step ends?"""
         return self.dit.config.flow_map
 
-    def streaming(self) -> FastDiT:
-        """The same network for a stream without gradient, one per stream."""
-        return FastDiT(self)
+    def streaming(self) -> CausalDiT | FastDiT:
+        """The same network for a stream without gradient, one per stream; itself, where its weights cannot be read
+        layer by layer: those of a view with adapters, and those that an engine keeps in pieces."""
+        return FastDiT(self) if self.whole and type(self.dit) is DiT else self
 
     def velocity(self, xt: Tensor, t: Tensor, cond: Conditions, cache: KVCache, r: Tensor | None = None) -> Tensor:
         """v of one chunk, xt [B, K, C, H, W], t [B]; `cond` covers this chunk's frames. A flow map gives the one that

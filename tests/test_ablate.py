@@ -33,8 +33,8 @@ folder, stage, what = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 (folder / stage).mkdir(parents=True, exist_ok=True)
 if what == "fail":
     print("The reason, in one sentence."); sys.exit(3)
-if what == "wait":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+if what in ("wait", "die"):
+    if what == "wait": signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     (folder / stage / "begun").write_text(""); time.sleep(30)
 with open(folder / stage / "calls", "a") as calls: calls.write("x")
 (folder / stage / ("manifest.json" if stage == "trajectories" else "STATUS.json")).write_text('{"status": "done"}')
@@ -180,14 +180,14 @@ def test_every_job_runs_once_and_a_second_call_does_nothing(
 ) -> None:
     found = plan(write(GRID))
     most = 0
-    write_state = jobs.standing.write_state
+    keep = standing.write_state
 
-    def watch(plan: Plan, progress: Progress) -> None:
+    def watch(found: Plan, progress: Progress) -> None:
         nonlocal most
         most = max(most, list(progress.state.values()).count("running"))
-        write_state(plan, progress)
+        keep(found, progress)
 
-    monkeypatch.setattr(jobs.standing, "write_state", watch)
+    monkeypatch.setattr(standing, "write_state", watch)
     progress = run(found, monkeypatch, count=count)
     assert set(progress.state.values()) == {"done"} and 1 <= most <= count
     assert len(calls()) == 13 and set(calls().values()) == {1}
@@ -227,8 +227,9 @@ def test_a_shared_stage_that_fails_takes_its_cells_with_it(here: Path, monkeypat
     assert [state for _, _, state, *_ in rows(found, progress)] == ["failed", "done", "failed", "done"]
 
 
+@pytest.mark.parametrize("act", ["wait", "die"])  # what saves when it is told to stop, and what has nothing to save
 def test_an_interrupted_grid_stops_after_its_running_jobs_and_goes_on(
-    here: Path, monkeypatch: pytest.MonkeyPatch
+    here: Path, monkeypatch: pytest.MonkeyPatch, act: str
 ) -> None:
     found = plan(write(GRID))
 
@@ -240,7 +241,7 @@ def test_an_interrupted_grid_stops_after_its_running_jobs_and_goes_on(
             return any(Path("runs").rglob("begun"))
 
     began = time.monotonic()
-    progress = run(found, monkeypatch, {"every-4-seed0 stage3": "wait"}, stop=Stop())
+    progress = run(found, monkeypatch, {"every-4-seed0 stage3": act}, stop=Stop())
     assert time.monotonic() - began < 20
     assert Counter(progress.state.values()) == {"done": 3, "stopped": 1, "waiting": 9}
     assert [state for _, _, state, *_ in rows(found, progress)] == ["stopped", "waiting", "waiting", "waiting"]

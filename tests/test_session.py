@@ -16,13 +16,16 @@ from small_online import images, small_model, tone
 from torch import Tensor
 
 import student.fast as fast_module
-from student.causal_dit import StreamConfig
+from student.causal_dit import CausalDiT, StreamConfig
 from student.fast import FastDiT
 from student.hearing import Heard, Waiting, border, whole_frames
 from student.online import OnlineLPM
 from student.session import Chunk, Session
+from student.stream import stream
+from teacher.adapted import AdaptedDiT
 from teacher.audio import MELS, log_mel
 from teacher.conditions import AUDIO_PER_LATENT, PAST, Conditions, encode_text
+from teacher.lora import LoRAConfig
 from teacher.randomness import keyed_generator
 
 
@@ -180,6 +183,18 @@ def test_after_an_interruption_the_character_goes_on_from_what_was_shown(look_ah
     after = list(session)
     assert [c.index for c in after] == [2, 3] and [c.state for c in after] == ["listen", "listen"]
     assert same(after, [chunk.frames for chunk in never])
+
+
+@pytest.mark.parametrize("kind", ["adapters", "pieces"])
+def test_a_student_whose_weights_cannot_be_read_layer_by_layer_streams_through_run(kind: str) -> None:
+    config = StreamConfig(2, sink_chunks=0, window_chunks=1)
+    plain = small_student(config, 3)
+    student = CausalDiT(AdaptedDiT(plain.dit, LoRAConfig(rank=2)), config) if kind == "adapters" else plain
+    expected = torch.cat(list(stream(plain, None, conditions(4), torch.Generator().manual_seed(0))), 1)
+    student.whole = kind == "adapters"
+    assert student.streaming() is student
+    seen = torch.cat(list(stream(student, None, conditions(4), torch.Generator().manual_seed(0))), 1)
+    torch.testing.assert_close(seen, expected)
 
 
 def test_an_interruption_throws_away_at_most_one_chunk(monkeypatch) -> None:

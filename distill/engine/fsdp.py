@@ -85,6 +85,7 @@ class FSDP2(Pieced):
 
     def place(self, models: dict[str, nn.Module], configs: dict[str, OptimConfig], clip: float, compile: bool) -> None:
         self.models = models
+        in_pieces(models)
         for role, model in models.items():
             trained = role in configs
             model.requires_grad_(trained)
@@ -162,6 +163,13 @@ class FSDP2(Pieced):
         for module in self.models[role].modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def in_pieces(models: dict[str, nn.Module]) -> None:
+    """Tell students that streams, too, must go through `DiT.run`, where weights are gathered and precision is chosen."""
+    for model in models.values():
+        if isinstance(model, CausalDiT):
+            model.whole = False
 
 
 def inner(model: nn.Module) -> DiT:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from distill.config import OptimConfig
 from distill.engine.config import EngineConfig
-from distill.engine.fsdp import FSDP2, inner
+from distill.engine.fsdp import FSDP2, in_pieces, inner
 from distill.engine.pieces import Piece, Pieces
 from distill.engine.plain import Engine
 from distill.errors import UserError
@@ -55,6 +55,7 @@ class ZeRO(FSDP2):
 
     def place(self, models: dict[str, nn.Module], configs: dict[str, OptimConfig], clip: float, compile: bool) -> None:
         self.models = models
+        in_pieces(models)
         for role, model in models.items():
             trained = role in configs
             model.requires_grad_(trained)
