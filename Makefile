@@ -10,6 +10,15 @@ SET    ?=
 RUN    ?=
 QUICK  ?=
 SMOKE  ?=
+SCALE  ?=
+GPUS   ?=
+GPU_MEM ?=
+WEIGHTS ?=
+ACCELERATE ?=
+PROCESSES  ?=
+NODES      ?=
+NODE_RANK  ?=
+MASTER     ?=
 
 # torch comes first. With a GPU: the newest build; without: the version that has a small CPU build.
 HAS_GPU = $(shell command -v nvidia-smi 2>/dev/null)
@@ -17,13 +26,18 @@ TORCH  ?= $(if $(HAS_GPU),torch>=2.9,torch==2.13.0)
 
 PYTHON = $(VENV)/bin/python
 PIP    = $(PYTHON) -m pip --disable-pip-version-check --quiet
-ARGS   = $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(PARENT),--parent '$(PARENT)') $(if $(RUN),--run '$(RUN)') \
+ARGS   = $(if $(SCALE),--scale '$(SCALE)') $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(PARENT),--parent '$(PARENT)') $(if $(RUN),--run '$(RUN)') \
          $(if $(SET),--set '$(SET)') $(if $(filter-out 0,$(QUICK)),--quick) $(if $(filter-out 0,$(SMOKE)),--smoke)
+# how the training commands are spread over processes and machines
+SPREAD = $(if $(ACCELERATE),--accelerate '$(ACCELERATE)') $(if $(PROCESSES),--processes '$(PROCESSES)') \
+         $(if $(NODES),--nodes '$(NODES)') $(if $(NODE_RANK),--node-rank '$(NODE_RANK)') $(if $(MASTER),--master '$(MASTER)')
 RUN_IT = $(PYTHON) -m distill
 
 .DEFAULT_GOAL := help
-.PHONY: help online-lpm data teacher ar-teacher keep-teacher trajectories distill distill-stage1 distill-stage2 distill-stage3 distill-stage4 \
-        export evaluate report ablate score compare doctor lineage recipes validate runs diff test mutants objectives lint types gpu ci smoke clean clean-venv
+.PHONY: help online-lpm data teacher ar-teacher keep-teacher trajectories distill distill-stage1 distill-stage2 \
+        distill-stage3 distill-stage4 export consolidate evaluate report ablate score compare stream serve latency doctor \
+        lineage recipes validate plan runs diff import-wan gpu-check test mutants objectives lint types gpu ci smoke clean \
+        clean-venv
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -39,7 +53,7 @@ data: $(VENV)/.installed ## prepare speech, characters and latents
 	@$(RUN_IT) data $(ARGS)
 
 teacher: $(VENV)/.installed ## train the teacher from nothing (a trained one is kept in the repository)
-	@$(RUN_IT) teacher $(ARGS)
+	@$(RUN_IT) teacher $(ARGS) $(SPREAD)
 
 ar-teacher: $(VENV)/.installed ## make the teacher causal, for trajectories of its own (teacher or diffusion forcing)
 	@$(RUN_IT) ar-teacher $(ARGS)
@@ -54,25 +68,38 @@ distill: $(VENV)/.installed ## trajectories and stages 1 to 4
 	@$(RUN_IT) distill $(ARGS)
 
 distill-stage1: $(VENV)/.installed ## causal initialization by ODE regression
-	@$(RUN_IT) stage1 $(ARGS)
+	@$(RUN_IT) stage1 $(ARGS) $(SPREAD)
 
 distill-stage2: $(VENV)/.installed ## off-policy distribution matching
-	@$(RUN_IT) stage2 $(ARGS)
+	@$(RUN_IT) stage2 $(ARGS) $(SPREAD)
 
 distill-stage3: $(VENV)/.installed ## self-forcing on the student's own long rollouts
-	@$(RUN_IT) stage3 $(ARGS)
+	@$(RUN_IT) stage3 $(ARGS) $(SPREAD)
 
 distill-stage4: $(VENV)/.installed ## the one-step refiner
-	@$(RUN_IT) stage4 $(ARGS)
+	@$(RUN_IT) stage4 $(ARGS) $(SPREAD)
 
 export: $(VENV)/.installed ## gather the Online LPM folder
 	@$(RUN_IT) export $(ARGS)
+
+consolidate: $(VENV)/.installed ## write the checkpoint PARENT= (or the run's newest) as one plain safetensors set
+	@$(RUN_IT) consolidate $(ARGS)
 
 evaluate: $(VENV)/.installed ## measure teacher and student on held-out characters and speech
 	@$(RUN_IT) evaluate $(ARGS)
 
 report: $(VENV)/.installed ## write the report of a run again from its scores
 	@$(RUN_IT) report $(ARGS)
+
+stream: $(VENV)/.installed ## film a character: AUDIO=file [LISTEN=file] [CHARACTER=name] [TEXT=".."] [MODEL=folder] [OUT=file.mp4]
+	@$(RUN_IT) stream $(ARGS) --audio '$(AUDIO)' --listen '$(LISTEN)' --character '$(CHARACTER)' --text '$(TEXT)' \
+	  --model '$(MODEL)' --out '$(OUT)'
+
+serve: $(VENV)/.serve ## a live page: [MODEL=folder] [COMPARE=folder] [PORT=8000] [HOST=127.0.0.1]; ctrl-C ends it
+	@$(RUN_IT) serve $(ARGS) --model '$(MODEL)' --compare '$(COMPARE)' --host '$(HOST)' --port '$(PORT)'
+
+latency: $(VENV)/.installed ## time per chunk, first frame, memory over an hour, and against the teacher (HORIZON=seconds)
+	@$(RUN_IT) latency $(ARGS) --model '$(MODEL)' --horizon '$(HORIZON)'
 
 # ---- looking --------------------------------------------------------------------------------------------------
 
@@ -103,6 +130,16 @@ runs: $(VENV)/.installed ## list the runs with their stages and scores
 
 diff: $(VENV)/.installed ## what differs between two checkpoints: A=runs/a/stage2 B=runs/b/stage2
 	@$(RUN_IT) diff --a '$(A)' --b '$(B)'
+
+plan: $(VENV)/.installed ## what RECIPE= costs: memory, time, whether it fits GPUS=8 of GPU_MEM=80 GB (JSON=1: for machines)
+	@$(RUN_IT) plan $(ARGS) $(if $(GPUS),--gpus '$(GPUS)') $(if $(GPU_MEM),--gpu-mem '$(GPU_MEM)') \
+	  $(if $(ACCELERATE),--accelerate '$(ACCELERATE)') $(if $(filter-out 0,$(JSON)),--json)
+
+import-wan: $(VENV)/.installed ## take Wan2.1's weights in WEIGHTS= as the teacher of a run: SCALE=1.3b or 17b
+	@$(RUN_IT) import-wan $(ARGS) --weights '$(WEIGHTS)'
+
+gpu-check: ## what this machine's GPU does: tests, attention, training steps, in one table (needs torch alone, no network)
+	@$(if $(wildcard $(PYTHON)),$(PYTHON),$(PY)) -m distill gpu-check
 
 # ---- developing -----------------------------------------------------------------------------------------------
 
@@ -158,6 +195,11 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	@# what a first run spends here belongs to its total in the report
 	@test -e '$(VENV)/.setup_seconds' || ! test -e '$(VENV)/.began' || \
 	  echo $$(( $$(date +%s) - $$(cat '$(VENV)/.began') )) > '$(VENV)/.setup_seconds'
+	@touch $@
+
+$(VENV)/.serve: $(VENV)/.installed
+	@echo 'installing the server'
+	@$(PIP) install -e '.[serve]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed

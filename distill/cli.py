@@ -7,14 +7,17 @@ anything else keeps its traceback. A command is one line in COMMANDS; torch is i
 import argparse
 import errno
 import importlib
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from distill import launch
 from distill.config import SCALES, read
 from distill.errors import ExitCode, UserError
+from distill.launch import SPREAD
 from distill.options import Options, run_name
 
 
@@ -37,26 +40,36 @@ COMMANDS = {
         several=True,
     ),
     "data": Command("prepare the data set: speech, characters, latents", "distill.pipeline:data"),
-    "teacher": Command("train the teacher from nothing by flow matching", "distill.pipeline:train_stage", ("teacher",)),
+    "teacher": Command(
+        "train the teacher from nothing by flow matching", "distill.pipeline:train_stage", ("teacher",), SPREAD
+    ),
     "ar-teacher": Command(
         "train the autoregressive teacher, causal and of many steps, from the teacher",
         "distill.pipeline:train_stage",
         ("ar-teacher",),
+        SPREAD,
     ),
     "keep": Command("put the teacher of a run where the repository keeps one", "distill.pipeline:keep"),
     "trajectories": Command("store the teacher's sampling trajectories for stage 1", "distill.pipeline:trajectories"),
     "stage1": Command(
-        "causal initialization by ODE regression on the trajectories", "distill.pipeline:train_stage", ("stage1",)
+        "causal initialization by ODE regression on the trajectories",
+        "distill.pipeline:train_stage",
+        ("stage1",),
+        SPREAD,
     ),
     "stage2": Command(
-        "off-policy distribution matching on re-noised teacher latents", "distill.pipeline:train_stage", ("stage2",)
+        "off-policy distribution matching on re-noised teacher latents",
+        "distill.pipeline:train_stage",
+        ("stage2",),
+        SPREAD,
     ),
     "stage3": Command(
         "self-forcing: distribution matching on the student's own long rollouts",
         "distill.pipeline:train_stage",
         ("stage3",),
+        SPREAD,
     ),
-    "stage4": Command("train the one-step refiner", "distill.pipeline:train_stage", ("stage4",)),
+    "stage4": Command("train the one-step refiner", "distill.pipeline:train_stage", ("stage4",), SPREAD),
     "distill": Command("trajectories and stages 1 to 4", "distill.pipeline:distill", several=True),
     "export": Command(
         "gather backbone, refiner and codec into one Online LPM folder", "distill.pipeline:export", several=True
@@ -92,6 +105,39 @@ COMMANDS = {
         quiet=True,
     ),
     "report": Command("write the report of a run from its scores", "distill.pipeline:report", several=True),
+    "stream": Command(
+        "play a recording to a character of an Online LPM and film it",
+        "distill.streaming:stream",
+        several=True,
+        own=(
+            ("audio", "what the character says: any audio file, or a recording of the model's folder"),
+            ("listen", "what the character hears, likewise"),
+            ("character", "a character of the model's folder (default: the first)"),
+            ("text", "how the character is to look: a caption, or a text of the model's folder (default: its first)"),
+            ("model", "an Online LPM folder (default: that of the run)"),
+            ("out", "the mp4 to write (default: under the run's streams/)"),
+        ),
+    ),
+    "serve": Command(
+        "serve a page on which a character speaks and listens live",
+        "distill.serving:serve",
+        own=(
+            ("model", "an Online LPM folder (default: the run's)"),
+            ("compare", "another one, to be shown beside it"),
+            ("host", "address to listen at (default: 127.0.0.1, this machine alone)"),
+            ("port", "port to listen at (default: 8000)"),
+        ),
+        quiet=True,
+    ),
+    "latency": Command(
+        "measure first frame, time per chunk and memory over an hour of video, and the teacher beside it",
+        "distill.latency:measure",
+        several=True,
+        own=(
+            ("model", "an Online LPM folder (default: that of the run)"),
+            ("horizon", "seconds of video to stream (default: 3600)"),
+        ),
+    ),
     "lineage": Command(
         "draw the family tree of a run's newest checkpoint, or of --parent, as text and as picture",
         "distill.listing:family",
@@ -111,6 +157,32 @@ COMMANDS = {
         own=(("a", "a checkpoint, a stage folder or an export"), ("b", "another one")),
         quiet=True,
     ),
+    "consolidate": Command(
+        "write a checkpoint as one safetensors set, in files of 5 GB with an index where it is larger",
+        "distill.consolidate:consolidate",
+    ),
+    "import-wan": Command(
+        "take Wan2.1's weights as the teacher of a run",
+        "distill.import_wan:import_wan",
+        own=(("weights", "a safetensors file, an index, or a folder with them"),),
+        quiet=True,
+    ),
+    "plan": Command(
+        "what a recipe costs on so many GPUs, whether it fits, and the cheapest change that makes it fit",
+        "distill.plan:command",
+        own=(
+            ("gpus", "how many (default: 8)"),
+            ("gpu-mem", "memory of each in GB (default: 80)"),
+            ("accelerate", "how training is spread: a file of recipes/accelerate/ (default: ddp)"),
+            ("json", "1 for JSON, for machines"),
+        ),
+        quiet=True,
+    ),
+    "gpu-check": Command(
+        "tests, attention back ends and training steps on this machine's GPU, as one table; without one it says so",
+        "distill.gpu_check:check",
+        quiet=True,
+    ),
     "doctor": Command("check this machine", "distill.doctor:examine", quiet=True),
 }
 
@@ -118,10 +190,20 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     parsed = _parse(arguments)
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":  # one of several processes: rank 0 speaks for all
+        sys.stdout = open(os.devnull, "w")
     try:
-        return _run(COMMANDS[parsed.command], parsed.command, _options(parsed))
+        options = _options(parsed)
+        if launch.wanted(options.own):
+            if COMMANDS[parsed.command].arguments:
+                options.load(*COMMANDS[parsed.command].arguments)  # a mistake in it is told once, not by every process
+            given = sys.argv[1:] if arguments is None else arguments
+            return launch.launch(options.own, ["-m", "distill", *given])
+        return _run(COMMANDS[parsed.command], parsed.command, options)
     except UserError as error:
-        print(error.message, file=sys.stderr)
+        if rank == "0" or error.code not in (ExitCode.STOPPED, ExitCode.NUMERICS):  # those all processes agree on
+            print(error.message if rank == "0" else f"process {rank}: {error.message}", file=sys.stderr)
         return int(error.code)
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
@@ -154,19 +236,21 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.text, description=command.text)
         sub.add_argument("--recipe", type=Path, help="recipe YAML (default: the one of the stage)")
+        sub.add_argument("--scale", choices=SCALES, help="whose default recipes to take (default: tiny)")
         sub.add_argument("--run", help="name of the run folder under runs/ (default: the scale)")
         sub.add_argument("--parent", help="checkpoint to start from (default: found in the run)")
         sub.add_argument("--set", default="", help="overrides, 'a.b=1 c=2'")
         sub.add_argument("--quick", action="store_true", help="fewer steps, marked as such in the report")
         sub.add_argument("--smoke", action="store_true", help="a few steps of everything: does it run")
         for option, text in command.own:
-            sub.add_argument(f"--{option}", default="", help=text)
+            # An option without a value is a yes: --json.
+            sub.add_argument(f"--{option}", default="", const="1", nargs="?", help=text)
     return parser.parse_args(arguments)
 
 
 def _options(given: argparse.Namespace) -> Options:
     command = COMMANDS[given.command]
-    scale = "tiny"
+    scale = given.scale or "tiny"
     if given.recipe is not None:
         scale = str(read(given.recipe).data.get("scale", scale))
         scale = scale if scale in SCALES else "tiny"  # the full check of the recipe will say so

@@ -62,10 +62,11 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class DataRef:
-    """The prepared data set: its folder, and what `make data` puts there."""
+    """The prepared data set: its folder, and what `make data` puts there; or, of clips made elsewhere, their sizes."""
 
     path: str = "data/tiny"
     prepare: Any = field(default=None, metadata={"schema": "distill.data.prepare:PrepareConfig", "always": True})
+    clip: Any = field(default=None, metadata={"schema": "distill.batches:Clip"})  # where `make data` prepares nothing
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class Recipe:
     student: Any = field(default=None, metadata={"schema": "student.causal_dit:StreamConfig", "always": True})
     trajectories: Any = field(default=None, metadata={"schema": "distill.rollout:TrajectoryConfig"})
     evaluation: Any = field(default=None, metadata={"schema": "evaluation.bench:BenchConfig"})
+    lora: Any = field(default=None, metadata={"schema": "distill.adapters:LoRARoles"})
     rollout: RolloutSpec | None = None
     phases: tuple[Phase, ...] = ()
     optimizer: dict[str, OptimConfig] = field(default_factory=dict)
@@ -122,6 +124,12 @@ class Recipe:
             raise ValueError(f"parent: {self.parent} does not come before {self.stage}")
         if self.phases and self.train.steps < 1:
             raise ValueError("train.steps: at least 1 is needed where there are phases")
+        updated = [phase.update for phase in self.phases]
+        for role in [role for role in ROLES if getattr(self.lora, role, None) is not None]:
+            if role not in updated:
+                raise ValueError(f"lora.{role}: no phase updates {role}")
+            if self.train.compile:
+                raise ValueError("train.compile: blocks that several roles share are not compiled, drop it or lora")
         for role, optim in self.optimizer.items():
             if optim.warmup_steps > self.train.steps:
                 raise ValueError(f"optimizer.{role}.warmup_steps is longer than train.steps")

@@ -17,6 +17,7 @@ from student.causal_dit import CausalDiT, StreamConfig
 from teacher.codec import PCACodec
 from teacher.conditions import Conditions
 from teacher.dit import DiT
+from teacher.draws import RowGenerator, gaussian
 from teacher.embedder import IdentityEmbedder
 
 
@@ -54,8 +55,11 @@ class Roles:
     codec: PCACodec
     embedder: IdentityEmbedder | None = None
     trajectories: Any = None
+    origins: dict[str, Any] = field(default_factory=dict)  # of networks made empty: what fills them (distill.roles)
     average: dict[str, Tensor] | None = None  # moving average of what the stage trains, by parameter; the trainer's
     key: tuple[int | str, ...] = (0, 0)  # (seed, rank, step, micro-step, phase), set by the trainer
+    processes: int = 1  # that share a batch
+    whole: Conditions | None = None  # conditions of the whole batch, of which rank r has the r-th part; None = its own
 
     def dit(self, role: str) -> DiT:
         """The bidirectional network in `role` (teacher, critic)."""
@@ -75,9 +79,17 @@ class Roles:
         key = (self.key[0], *self.key[2:]) if shared else self.key
         return keyed_generator(*key, tag)
 
+    def rows(self, tag: str) -> RowGenerator:
+        """A generator for draws with one row per clip (`draw_rows`, `gaussian`, `sample_time`): all processes seed it
+        alike and each takes its own rows of the whole batch, so that N processes see what one would."""
+        rows = RowGenerator()
+        rows.manual_seed(keyed_generator(self.key[0], 0, *self.key[2:], tag).initial_seed())
+        rows.share = (int(self.key[1]) if len(self.key) > 1 else 0, self.processes)
+        return rows
+
     def noise(self, like: Tensor, tag: str) -> Tensor:
-        """Gaussian noise like `like`, keyed by `tag`."""
-        return torch.randn(like.shape, generator=self.generator(tag)).to(like.device, like.dtype)
+        """Gaussian noise like `like` [B, ...], keyed by `tag`."""
+        return gaussian(like, self.rows(tag))
 
     def _get(self, role: str) -> nn.Module:
         if role not in self.models:

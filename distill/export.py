@@ -1,5 +1,5 @@
 """Online LPM: the backbone of stage 3, the refiner of stage 4 (none with a single step) and the codec, in one folder
-with a card and a manifest; and the teacher as the repository keeps it.
+with a card, a manifest and a few characters and recordings to try it with; and the teacher as the repository keeps it.
 
 The export is verified by loading it back and comparing a forward of each network with the original's.
 """
@@ -10,7 +10,10 @@ from pathlib import Path
 
 import torch
 
+from distill.card import export_card
 from distill.config import Recipe
+from distill.demo import write_demo
+from distill.embedder import ensure_embedder
 from distill.errors import ExitCode, UserError
 from distill.roles import network
 from distill.state import checkpoint, lineage
@@ -19,6 +22,7 @@ from student.causal_dit import CausalDiT
 from student.online import OnlineLPM
 from teacher.codec import PCACodec
 from teacher.conditions import AUDIO_PER_LATENT, PAST, SILENCE, TEXT_LENGTH, Conditions
+from teacher.embedder import IdentityEmbedder
 
 
 def export(recipe: Recipe, backbone: Manifest, refiner: Manifest | None, codec: PCACodec, folder: Path) -> Path:
@@ -28,8 +32,9 @@ def export(recipe: Recipe, backbone: Manifest, refiner: Manifest | None, codec: 
     size, last = 4 * sum(p.numel() for p in online.parameters()), refiner or backbone
     meta = describe(recipe, last.step, last, last.data.get("data_fingerprint"))
     with checkpoint.committed(folder, {**meta, "stage": "online-lpm"}, size) as temporary:
-        online.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card(recipe, last))
+        online.save_pretrained(temporary, export_card(recipe.student, last, folder.parent / "report"))
+        write_demo(Path(recipe.data.path), temporary)
+        IdentityEmbedder.load(ensure_embedder(Path(recipe.data.path))).save(temporary)  # for the live drift meter
         _verify(online, OnlineLPM.from_pretrained(temporary))
     return folder
 
@@ -44,34 +49,12 @@ def keep_teacher(trained: Manifest, codec: PCACodec, folder: Path) -> Path:
     return folder
 
 
-def card(recipe: Recipe, last: Manifest) -> str:
-    """The model card, made from the lineage."""
-    stream = recipe.student
-    seconds = stream.chunk_frames / 6
-    count, refined = len(stream.steps) - stream.refined, " and 1 of the refiner" if stream.refined else ""
-    backbone = f"{count} backbone evaluation{'s' if count > 1 else ''}"
-    return f"""# Online LPM ({recipe.scale})
-
-A causal, few-step, streaming student: {backbone}{refined} per chunk
-of {seconds:g} s, no guidance, {stream.sink_chunks} sink and {stream.window_chunks} window chunks of history.
-
-```python
-from student.online import OnlineLPM
-
-model = OnlineLPM.from_pretrained("path/to/this/folder")
-for frames in model.frames(conditions, generator):  # [B, {4 * stream.chunk_frames}, 3, H, W] in [0, 1]
-    ...
-```
-
-Steps {list(stream.steps)}, history noise {stream.history_noise}. Data: the procedural puppet world (drawn characters,
-synthesized and recorded speech); no real person is depicted. Licence: Apache-2.0.
-
-## Lineage
-
-```
-{lineage.tree(last.path)}
-```
-"""
+def refresh_card(recipe: Recipe, run: Path) -> None:
+    """Write the card of a run's export again, now that there are scores; weights and their hashes stay."""
+    folder = run / "online-lpm"
+    if (folder / checkpoint.MANIFEST).is_file():
+        last = lineage.find_parent(run, "stage4" if recipe.student.refined else "stage3", recipe.scale)
+        checkpoint.replace_text(folder, "README.md", export_card(recipe.student, last, run / "report"))
 
 
 @torch.no_grad()

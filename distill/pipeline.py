@@ -9,22 +9,24 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from distill import export as exporting
+from distill import launch
 from distill.config import Recipe
 from distill.data import dataset
 from distill.data.prepare import prepare
 from distill.embedder import ensure_embedder
-from distill.engine import Engine
-from distill.errors import UserError
+from distill.engine import make_engine
+from distill.engine.process import together
+from distill.errors import ExitCode, UserError
 from distill.evaluate import Bench, Row, data_row, measure_all, student_row, teacher_rows
 from distill.options import Options
 from distill.report import assemble
 from distill.roles import build_roles, find_teacher, kept_teacher, network
-from distill.runs import open_stage, read_status, run_folder, write_json
+from distill.runs import read_status, run_folder, write_json
 from distill.samples import SampleHook
 from distill.state import checkpoint, lineage
 from distill.state.lineage import Manifest
@@ -41,6 +43,7 @@ NEEDS_TRAJECTORIES = ("teacher", "renoised")  # rollout kinds
 def data(options: Options) -> None:
     """Prepare the data set of the scale's recipes."""
     recipe = options.load("trajectories") if options.recipe is None else options.load(_stage_of(options))
+    _refuse_foreign(recipe)
     with _timed(options, "data"):
         prepare(recipe.data.prepare, Path(recipe.data.path))
         ensure_embedder(Path(recipe.data.path))
@@ -57,23 +60,26 @@ def train_stage(options: Options, stage: str) -> None:
         print(f"{told}.")
         return
     folder = run_folder(options.run)
-    need_data(recipe)
+    engine = make_engine(recipe.train.precision, launch.check(options.own))
+    with engine.main_first():  # the others find the data made
+        need_data(recipe)
     teacher = None if stage == "teacher" else find_teacher(recipe, folder)
     parent = _parent(recipe, folder, teacher, options.parent)
     source = dataset.load(Path(recipe.data.path), "train")
     trajectories = None
     if recipe.rollout is not None and recipe.rollout.kind in NEEDS_TRAJECTORIES:
-        _need_trajectories(options, recipe.rollout.config.source, folder)
+        with engine.main_first():
+            _need_trajectories(options, recipe.rollout.config.source, folder)
         trajectories = Trajectories(folder / "trajectories", source, recipe.student.steps)
-    with open_stage(options.run, recipe, options.path(stage), parent.hash if parent else None) as run:
+    with together(engine, options.run, recipe, options.path(stage), parent.hash if parent else None) as run:
         if run.done:
             print(f"{run.folder} is done; next: {_next(stage)}.")
             return
-        with _timed(options, stage):
-            roles = build_roles(recipe, teacher, parent, Path(recipe.data.path))
+        with _timed(options, stage) if engine.is_main else nullcontext():
+            roles = build_roles(recipe, teacher, parent, Path(recipe.data.path), engine.empty)
             roles.trajectories = trajectories
-            trainer = Trainer(recipe, run, roles, trajectories or source, Engine(recipe.train.precision), parent)
-            final = trainer.fit(SampleHook(Path(recipe.data.path), run.samples))
+            trainer = Trainer(recipe, run, roles, trajectories or source, engine, parent)
+            final = trainer.fit(SampleHook(Path(recipe.data.path), run.samples if engine.is_main else None))
     print(f"Wrote {final}; next: {_next(stage)}.")
 
 
@@ -123,7 +129,7 @@ def export(options: Options) -> None:
     if refiner is not None:
         lineage.require(backbone, hash=refiner.parent_hash)
     target = folder / "online-lpm"
-    if (target / checkpoint.MANIFEST).is_file():
+    if (target / checkpoint.MANIFEST).is_file() and (target / "demo.json").is_file():
         if lineage.read(target).parent_hash == (refiner or backbone).hash:
             print(f"{target} is done; next: make evaluate.")
             return
@@ -157,6 +163,7 @@ def evaluate(options: Options) -> None:
     }
     timings = {"setup": float(setup.read_text())} if setup.is_file() else {}
     write_scores(folder / "report" / "scores.json", values, timings | _timings(folder), about)
+    exporting.refresh_card(recipe, folder)
     report(options)
 
 
@@ -209,7 +216,7 @@ def _rows(bench: Bench, recipe: Recipe, folder: Path) -> list[Row]:
         from student.online import OnlineLPM
 
         online = OnlineLPM.from_pretrained(target)
-        rows.append(student_row(bench, "online_lpm", lineage.read(target).hash, online.backbone, online.refiner))
+        rows.append(student_row(bench, "online_lpm", online.fingerprint(), online.backbone, online.refiner))
     return rows
 
 
@@ -253,9 +260,20 @@ def need_data(recipe: Recipe) -> None:
     """Prepare the recipe's data set and its identity embedder unless they are there."""
     prepare_once = Path(recipe.data.path)
     if not (prepare_once / "fingerprint.json").is_file():
+        _refuse_foreign(recipe)
         print(f"{prepare_once} is missing: preparing it first.", flush=True)
         prepare(recipe.data.prepare, prepare_once)
     ensure_embedder(prepare_once)
+
+
+def _refuse_foreign(recipe: Recipe) -> None:
+    """Clips with a `data.clip` block come from a codec and a text encoder that this toolkit does not hold."""
+    if recipe.data.clip is not None:
+        raise UserError(
+            f"{recipe.data.path} holds no clips and `make data` cannot make them: such latents come from a video codec "
+            "and a text encoder outside this toolkit, docs/GPU.md says in which form they are read.",
+            ExitCode.DATA,
+        )
 
 
 def _stage_of(options: Options) -> str:

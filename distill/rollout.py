@@ -21,6 +21,7 @@ from torch.func import functional_call
 
 from distill.contracts import Roles, Roll
 from distill.data.batch import Batch
+from teacher.draws import draw_rows
 from teacher.flow import add_noise, x0_from_v
 
 
@@ -91,7 +92,8 @@ def _step_per_chunk(states: Tensor, roles: Roles) -> tuple[Tensor, Tensor]:
     """One step number per chunk, spread over its frames: (number [B, T], time [B, T] float64)."""
     size, steps = roles.stream.chunk_frames, torch.tensor(roles.stream.steps, dtype=torch.float64)
     chunks = states.shape[2] // size
-    choice = torch.randint(len(steps), (len(states), chunks), generator=roles.generator("rollout/steps"))
+    rows = roles.rows("rollout/steps")
+    choice = draw_rows(lambda n: torch.randint(len(steps), (n, chunks), generator=rows), len(states), rows)
     choice = repeat(choice, "b i -> b (i k)", k=size)
     return choice, steps[choice].to(states.device)
 
@@ -108,6 +110,7 @@ def teacher_forced(
 
 def given_history(x0: Tensor, roles: Roles) -> tuple[Tensor, Tensor]:
     """(history like x0, its level [B]): clean x0 for half of the clips, at the stream's history noise for the rest."""
-    noisy = torch.rand(len(x0), generator=roles.generator("rollout/history level")) < 0.5
+    rows = roles.rows("rollout/history level")
+    noisy = draw_rows(lambda n: torch.rand(n, generator=rows), len(x0), rows) < 0.5
     t_hist = (noisy.double() * roles.stream.history_noise).to(x0.device)
     return add_noise(x0, roles.noise(x0, "rollout/history"), t_hist), t_hist

@@ -38,7 +38,7 @@ GAUGES = {
 class SampleHook:
     """Called by the trainer with the step and the roles (averaged weights) -> gauges; writes a strip and an mp4."""
 
-    def __init__(self, data: Path, folder: Path, teacher_steps: int = 10):
+    def __init__(self, data: Path, folder: Path | None, teacher_steps: int = 10):
         validation = dataset.load(data, "validation")
         self.codec, self.folder, self.teacher_steps = validation.codec(), folder, teacher_steps
         self.batch = batch = validation.all()
@@ -52,8 +52,9 @@ class SampleHook:
         values = score(frames, self.truth, self.tracks)
         rows = [(name, f[i]) for i in range(3) for name, f in (("data", self.truth.frames), (f"step {step}", frames))]
         sheet = contact_sheet(rows)
-        write_image(self.folder / f"step_{step:06d}.png", sheet)
-        write_mp4(self.folder / f"step_{step:06d}.mp4", torch.cat([self.truth.frames[0], frames[0]], -1), self.wave)
+        if self.folder is not None:  # in one of several processes
+            write_image(self.folder / f"step_{step:06d}.png", sheet)
+            write_mp4(self.folder / f"step_{step:06d}.mp4", torch.cat([self.truth.frames[0], frames[0]], -1), self.wave)
         gauges = {tag: float(values[name].nanmean()) for name, tag in GAUGES.items()}
         return gauges, {"samples/clips": torch.from_numpy(np.array(sheet))}
 

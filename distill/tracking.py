@@ -23,6 +23,7 @@ from tqdm import tqdm
 from distill.errors import ExitCode, UserError
 
 Item = TypeVar("Item")
+REPEAT_SECONDS = 5.0
 PLAIN_SECONDS = 10.0  # without a terminal: one line of progress in this time
 
 
@@ -113,6 +114,24 @@ class Tracker:
         self.records.flush()
 
 
+class Silence:
+    """What stands in for a tracker in the processes that write nothing."""
+
+    def log(self, step: int, scalars: Mapping[str, float | Tensor]) -> None: ...
+
+    def pending(self) -> dict[str, tuple[float, int]]:
+        return {}
+
+    def event(self, step: int, scalars: Mapping[str, float]) -> None: ...
+
+    def image(self, tag: str, step: int, image: Tensor) -> None: ...
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+
 def line(step: int, total: int, means: Mapping[str, float], seconds_left: float) -> str:
     """The terminal line: step, every train/ and optim/ scalar, seconds per step, time left."""
     shown = [f"{name.rpartition('/')[2]} {value:.4g}" for name, value in means.items() if name != "perf/step_s"]
@@ -144,11 +163,19 @@ def truncate(metrics: Path, step: int) -> None:
     os.replace(temporary, metrics)
 
 
-def progress(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
-    """Yield `items` under a progress bar with ETA; without a terminal, a plain line every ten seconds."""
+def progress(
+    items: Iterable[Item], description: str, total: int | None = None, note: Callable[[], str] = str
+) -> Iterator[Item]:
+    """Yield `items` under a progress bar with ETA; without a terminal, a plain line every ten seconds.
+
+    What `note` returns is shown behind the numbers.
+    """
     total = len(items) if total is None and isinstance(items, Sized) else total
     if sys.stderr.isatty():
-        yield from tqdm(items, desc=description, total=total)
+        with tqdm(items, desc=description, total=total) as bar:
+            for item in bar:
+                yield item
+                bar.set_postfix_str(note(), refresh=False)
         return
     begun = told = time.monotonic()
     for count, item in enumerate(items, start=1):
@@ -157,14 +184,17 @@ def progress(items: Iterable[Item], description: str, total: int | None = None) 
         if now - told >= PLAIN_SECONDS:
             told = now
             left = f"/{total}, ETA {clock((now - begun) / count * (total - count))}" if total else ""
-            print(f"{description}: {count}{left}", flush=True)
+            print(f"{description}: {count}{left}{', ' if note() else ''}{note()}", flush=True)
 
 
 class StopSignal:
-    """SIGTERM or ctrl-C once: `requested` becomes true, the loop finishes its step and saves; twice: stop at once."""
+    """SIGTERM or ctrl-C once: `requested` becomes true, the loop finishes its step and saves; twice: stop at once.
 
-    def __init__(self, say: Callable[[str], None] = tqdm.write) -> None:
-        self.requested, self.say = False, say
+    repeated: the launcher of several processes passes a ctrl-C on to those that the terminal has told already, so that
+    within a few seconds the second does not count."""
+
+    def __init__(self, say: Callable[[str], None] = tqdm.write, repeated: bool = False) -> None:
+        self.requested, self.say, self.repeated, self.since = False, say, repeated, 0.0
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -178,8 +208,10 @@ class StopSignal:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
+            if self.repeated and time.monotonic() - self.since < REPEAT_SECONDS:
+                return
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self.since = True, time.monotonic()
         self.say("stopping: the step is finished and saved first; once more stops at once")
 
     def error(self, step: int) -> UserError:

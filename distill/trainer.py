@@ -6,9 +6,9 @@ A non-finite loss or gradient skips the update and is counted; too many in a row
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -22,10 +22,9 @@ from distill.data.batch import Batch
 from distill.engine import Engine
 from distill.errors import ExitCode, UserError
 from distill.runs import StageRun
-from distill.state import checkpoint
-from distill.state.ema import EMA
+from distill.state import store
 from distill.state.lineage import Manifest, describe
-from distill.tracking import StopSignal, Tracker
+from distill.tracking import Silence, StopSignal, Tracker
 
 
 class Source(Protocol):
@@ -60,14 +59,21 @@ class Trainer:
         self.rollout = rollout_function(spec.kind, spec.source) if spec is not None else None
         self.trained = list(dict.fromkeys(phase.update for phase in recipe.phases))
         self.product = next(role for role in self.trained if role != "critic")  # what the stage is for
-        for role, model in roles.models.items():
-            model.to(engine.device).requires_grad_(role in self.trained)
-        if recipe.train.compile:
-            for role in self.trained:
-                engine.compile(roles.models[role])
-        self.optimizers = {r: engine.optimizer(roles.models[r], recipe.optimizer[r]) for r in self.trained}
-        self.ema = EMA(roles.models[self.product], recipe.train.ema, recipe.train.ema_start)
-        roles.average = self.ema.average  # updated in place
+        if recipe.train.batch_size % engine.processes:
+            raise UserError(
+                f"train.batch_size {recipe.train.batch_size} is the whole batch and must be a multiple of the "
+                f"{engine.processes} processes: change it with SET=, or PROCESSES."
+            )
+        configs = {role: recipe.optimizer[role] for role in self.trained}
+        engine.place(roles.models, configs, recipe.train.clip, recipe.train.compile)
+        for role, origin in roles.origins.items():
+            store.fill(engine, role, origin.part(), origin.own)
+        for frozen in (roles.codec, roles.embedder):
+            if frozen is not None:
+                frozen.to(engine.device)
+        self.optimizers = engine.optimizers
+        self.ema = engine.average(self.product, recipe.train.ema, recipe.train.ema_start)
+        roles.average = None if engine.sharded else self.ema.average  # updated in place
         self.step, self.skipped = 0, 0
         self.pending: dict[str, tuple[float, int]] = {}  # of an interval of the curves that a checkpoint cuts in two
         # Counted per role: a healthy critic must not hide a student that stands still.
@@ -79,14 +85,9 @@ class Trainer:
         """Train to the last step, from the newest whole checkpoint if there is one; returns the final checkpoint."""
         self.resume()
         train, steps = self.recipe.train, self.recipe.train.steps
-        description = f"{self.recipe.name} ({self.recipe.stage})"
+        self.run.say(self.setting())
         saved: Path | None = None
-        with (
-            Tracker(
-                self.run.folder, steps, description, self.step, train.log_every, self.run.say, self.pending
-            ) as tracker,
-            StopSignal(self.run.say) as stop,
-        ):
+        with self.tracker() as tracker, StopSignal(self.run.say, self.engine.processes > 1) as stop:
             if sampler is not None and self.step == 0:
                 self.show(sampler, tracker)
             while self.step < steps:
@@ -100,16 +101,38 @@ class Trainer:
                 self.run.note(step=step)
                 if sampler is not None and (step % train.sample_every == 0 or step == steps):
                     self.show(sampler, tracker)
-                if step % train.save_every == 0 or step == steps or stop.requested:
+                stopping = self.engine.any(stop.requested)
+                if step % train.save_every == 0 or step == steps or stopping:
                     self.pending = tracker.pending()
                     saved = self.save({name: float(value) for name, value in logs.items()})
-                if stop.requested and step < steps:
+                if stopping and step < steps:
                     raise stop.error(step)
         return saved or self.run.checkpoints / f"step_{self.step:08d}"
 
-    def show(self, sampler: Sampler, tracker: Tracker) -> None:
+    def tracker(self) -> Tracker | Silence:
+        """Curves and progress, of rank 0 alone."""
+        if not self.engine.is_main:
+            return Silence()
+        train, description = self.recipe.train, f"{self.recipe.name} ({self.recipe.stage})"
+        return Tracker(
+            self.run.folder, train.steps, description, self.step, train.log_every, self.run.say, self.pending
+        )
+
+    def setting(self) -> str:
+        """One line: what was set up, and the batch that an update sees."""
+        train, processes = self.recipe.train, self.engine.processes
+        each = f"{train.batch_size // processes} clips x {processes} processes x {train.grad_accumulation} micro-steps"
+        return f"engine: {self.engine}; batch per update: {train.batch_size * train.grad_accumulation} clips = {each}"
+
+    def show(self, sampler: Sampler, tracker: Tracker | Silence) -> None:
         """Sample with the averaged weights; gauges and pictures go to the log and to TensorBoard."""
-        scalars, images = sampler(self.step, self.averaged_roles())
+        if self.engine.sharded or self.engine.is_main:  # networks in pieces take all processes to run
+            with self.averaged_roles() as roles:
+                scalars, images = sampler(self.step, roles)
+            self._shown(scalars, images, tracker)
+        self.engine.barrier()
+
+    def _shown(self, scalars: dict[str, float], images: dict[str, Tensor], tracker: Tracker | Silence) -> None:
         tracker.event(self.step, scalars)
         for tag, image in images.items():
             tracker.image(tag, self.step, image)
@@ -118,32 +141,36 @@ class Trainer:
 
     def update(self, step: int, index: int, phase: Phase) -> dict[str, float | Tensor]:
         """One optimizer step of one role."""
-        train, model, optimizer = self.recipe.train, self.roles.models[phase.update], self.optimizers[phase.update]
+        train, engine = self.recipe.train, self.engine
         for role in self.trained:  # gradients go to this phase's role and nowhere else
             self.roles.models[role].requires_grad_(role == phase.update)
         logs: dict[str, float | Tensor] = {}
         for micro in range(train.grad_accumulation):
-            roles = replace(self.roles, key=(self.recipe.seed, self.engine.rank, step, micro, index))
-            batch = self.source.sample(train.batch_size, roles.generator("batch")).to(self.engine.device)
-            with self.engine.autocast():
+            key = (self.recipe.seed, engine.rank, step, micro, index)
+            roles = replace(self.roles, key=key, processes=engine.processes)
+            # The whole batch, drawn alike by all processes: each takes its rows, and knows the others' conditions.
+            whole = self.source.sample(train.batch_size, roles.rows("batch"))
+            size = train.batch_size // engine.processes
+            batch = whole.select(slice(size * engine.rank, size * (engine.rank + 1))).to(engine.device)
+            roles.whole = whole.cond if engine.processes > 1 else None
+            with engine.autocast():
                 roll = self.roll(batch, roles, phase)
                 loss, parts = self.loss(roll, roles, phase, step)
-            self.engine.backward(loss / train.grad_accumulation)
+            engine.backward(phase.update, loss / train.grad_accumulation, micro + 1 == train.grad_accumulation)
             for name, value in parts.items():
                 logs[name] = logs.get(name, 0.0) + value / train.grad_accumulation
-        norm = self.engine.clip(model.parameters(), train.clip)
+        norm = engine.clip(phase.update, train.clip)
+        logs = engine.mean(logs)  # so that a value that is not finite in one process is so in all
         rate = learning_rate(self.recipe.optimizer[phase.update], step, train.steps)
         finite = bool(torch.isfinite(norm)) and all(math.isfinite(float(value)) for value in logs.values())
         if finite:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
+            engine.step(phase.update, rate)
             self.skipped_in_row[phase.update] = 0
         else:
             self.skip(step, phase.update, logs)
-        optimizer.zero_grad(set_to_none=True)
+        engine.zero_grad(phase.update)
         if phase.update == self.product and finite:
-            self.ema.update(model, step)
+            engine.update_average(self.ema, phase.update, step)
         return logs | {
             f"optim/grad_norm_{phase.update}": norm.detach(),
             f"optim/lr_{phase.update}": rate,
@@ -187,49 +214,29 @@ class Trainer:
 
     def save(self, metrics: dict[str, float]) -> Path:
         """Commit a checkpoint of every trained network, its optimizer, and the average of the product."""
-        self.engine.barrier()
-        folder = self.run.checkpoints / f"step_{self.step:08d}"
-        if self.engine.is_main:
-            state = {role: dict(self.roles.models[role].state_dict()) for role in self.trained}
-            for role, optimizer in self.optimizers.items():
-                state[f"optimizer_{role}"] = checkpoint.pack_optimizer(
-                    optimizer, self.roles.models[role].named_parameters()
-                )
-            state["ema"] = self.ema.state()
-            finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-            meta = describe(self.recipe, self.step, self.parent, self.source.fingerprint, finite)
-            progress = {
-                "step": self.step,
-                "skipped": self.skipped,
-                "in_row": self.skipped_in_row,
-                "pending": self.pending,
-            }
-            folder = checkpoint.save(
-                self.run.checkpoints, self.step, state, meta, self.recipe.train.keep, progress=progress
-            )
-        self.engine.barrier()
-        return folder
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        meta = describe(self.recipe, self.step, self.parent, self.source.fingerprint, finite)
+        progress = {
+            "step": self.step,
+            "skipped": self.skipped,
+            "in_row": self.skipped_in_row,
+            "pending": self.pending,
+        }
+        root, keep = self.run.checkpoints, self.recipe.train.keep
+        return store.save(self.engine, root, self.step, self.trained, self.product, self.ema, meta, keep, progress)
 
     def resume(self) -> None:
         """Take up the newest whole checkpoint of this stage, if there is one."""
-        found = checkpoint.latest(self.run.checkpoints, self.run.say)
+        found = store.load(self.engine, self.run.checkpoints, self.trained, self.product, self.ema, self.run.say)
         if found is None:
             return
-        for role in self.trained:
-            model = self.roles.models[role]
-            model.load_state_dict(checkpoint.load(found.path, role))
-            packed = checkpoint.load(found.path, f"optimizer_{role}")
-            checkpoint.unpack_optimizer(self.optimizers[role], model.named_parameters(), packed)
-        self.ema.load(checkpoint.load(found.path, "ema"))
         self.step, self.skipped = found.progress["step"], found.progress["skipped"]
         self.skipped_in_row |= found.progress.get("in_row", {})
         self.pending = found.progress.get("pending", {})
 
-    def averaged_roles(self) -> Roles:
-        """The roles with the product's averaged weights in a copy, for samples and scores."""
-        averaged = copy.deepcopy(self.roles.models[self.product]).requires_grad_(False).eval()
-        self.ema.copy_to(averaged)
-        return replace(self.roles, models={**self.roles.models, self.product: averaged})
+    def averaged_roles(self) -> AbstractContextManager[Roles]:
+        """The roles with the product's averaged weights, for samples and scores."""
+        return self.engine.averaged(self.roles, self.product, self.ema)
 
 
 def learning_rate(config: OptimConfig, step: int, total: int) -> float:

@@ -27,16 +27,16 @@ from evaluation.arms import (
     summary,
     tested,
 )
+from evaluation.arms_charts import curve_charts, drift_lines
 from evaluation.metrics import BY_KEY, Metric
 from evaluation.page import data_uri, shell
-from evaluation.plots import COLORS, Chart, Series
+from evaluation.plots import COLORS
 from evaluation.report import Figure, charts, figure, section
 from evaluation.scores import replace_with, without_nan
 from evaluation.tables import arrow, clock
 
 GLYPHS = {"better": "▲", "worse": "▼", "maybe better": "△", "maybe worse": "▽", "same": ""}
 KINDS = {"better": "yes", "worse": "no", "maybe better": "yes", "maybe worse": "no", "same": "quiet"}
-MOST_POINTS = 160  # of a curve: more cannot be seen
 STYLE = """
 <style>
 .arms td small { white-space:nowrap } .arms .base { background:var(--soft) }
@@ -325,39 +325,6 @@ def cost(arm: Arm, key: str) -> str:
     if key not in arm.cost:
         return "–"
     return clock(arm.cost[key]) if key == "train_s" else f"{arm.cost[key]:,.{COST[key][1]}f}"
-
-
-def curve_charts(arms: Sequence[Arm]) -> list[Chart]:
-    """One chart per tag with the arms over each other; losses first, then what was measured on samples."""
-    tags = sorted(
-        {tag for arm in arms for tag in arm.curves}, key=lambda tag: (("train", "health").index(tag.split("/")[0]), tag)
-    )
-    out = []
-    for tag in tags:
-        lines = []
-        for arm in arms:
-            steps, means, spread = mean_curve(arm.curves.get(tag, ()))
-            every = -(-len(steps) // MOST_POINTS) or 1
-            lines.append(Series(arm.name, steps[::every], means[::every], spread[::every]))
-        out.append(Chart(tag, "step", "", lines))
-    return out
-
-
-def drift_lines(arms: Sequence[Arm]) -> list[Chart]:
-    """Identity, motion and color over the stream, the seeds of an arm as one line."""
-    names = {"distance": "Identity distance", "motion": "Head motion", "color": "Color drift, of 255"}
-    if not any(arm.drift for arm in arms):
-        return []
-    out = []
-    for what, name in names.items():
-        lines = []
-        for arm in arms:
-            curves = [stream.curve(what) for stream in arm.drift]
-            minutes = curves[0]["minutes"] if curves else []
-            means = [sum(points) / len(points) for points in zip(*(curve["mean"] for curve in curves), strict=True)]
-            lines.append(Series(arm.name, [60 * minute for minute in minutes], means))
-        out.append(Chart(name, "seconds of stream", "", lines, "flat is good"))
-    return out
 
 
 def reel(shown: Reel, k: int) -> str:

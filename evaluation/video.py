@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from evaluation.film import SAMPLE_RATE, Film
 from evaluation.sync import FPS
 
-SAMPLE_RATE = 16000
 INK, PAPER, QUIET = (28, 28, 30), (250, 249, 246), (110, 110, 115)
 
 
@@ -34,23 +32,12 @@ def write_mp4(path: Path, frames: Tensor, wave: Tensor, scale: int = 4) -> None:
 
 def mp4_bytes(frames: Tensor, wave: Tensor, scale: int = 4) -> bytes:
     """The same in memory; the sound is cut or padded with silence to the length of the picture."""
-    pictures = enlarge(frames, scale)[:, :, : frames.shape[-2] * scale // 2 * 2, : frames.shape[-1] * scale // 2 * 2]
-    samples = round(len(frames) * SAMPLE_RATE / FPS)
-    sound = torch.zeros(samples).index_copy(0, torch.arange(min(samples, len(wave))), wave[:samples].float().cpu())
+    pictures = enlarge(frames, scale)
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        video = container.add_stream("libx264", rate=FPS, options={"crf": "20", "preset": "veryfast"})
-        video.width, video.height, video.pix_fmt = pictures.shape[-1], pictures.shape[-2], "yuv420p"
-        audio = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
-        for picture in pictures.permute(0, 2, 3, 1).contiguous().numpy():
-            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(video.encode())
-        heard = av.AudioFrame.from_ndarray(
-            sound.clamp(-1, 1).numpy()[None].astype(np.float32), format="fltp", layout="mono"
-        )
-        heard.sample_rate, heard.pts, heard.time_base = SAMPLE_RATE, 0, Fraction(1, SAMPLE_RATE)
-        container.mux(audio.encode(heard))
-        container.mux(audio.encode())
+    film = Film(buffer, *pictures.shape[-2:])
+    film.show(pictures)
+    film.sound(wave[: round(len(frames) * SAMPLE_RATE / FPS)])
+    film.close()
     return buffer.getvalue()
 
 

@@ -75,7 +75,7 @@ def logits(x0: Tensor, kind: str, roll: Roll, roles: Roles, cfg: Config) -> Tens
     critic = roles.dit("critic")
     tag = f"adversarial/{cfg.role}"
     # Real and fake are compared at the same times, under noise of their own.
-    t = sample_time((len(x0),), cfg.shift, roles.generator(f"{tag}/time"), cfg.low, cfg.high).to(x0.device)
+    t = sample_time((len(x0),), cfg.shift, roles.rows(f"{tag}/time"), cfg.low, cfg.high).to(x0.device)
     xt = add_noise(x0, roles.noise(x0, f"{tag}/{kind}"), t)
     return judge(critic, xt, t, roll)
 

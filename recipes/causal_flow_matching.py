@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from einops import repeat
 
 from distill.contracts import Roles, Roll, Term
@@ -37,11 +36,11 @@ class Config(TimesAndDropout):
 def term(roll: Roll, roles: Roles, cfg: Config) -> Term:
     """Flow-matching loss of the student, every chunk under its past."""
     x0, size = roll.x0.detach(), roles.stream.chunk_frames
-    draw = roles.generator("causal_flow_matching/time")
-    t = sample_time((len(x0), x0.shape[1] // size), cfg.shift, draw, cfg.low, cfg.high)
+    rows = roles.rows("causal_flow_matching/time")
+    t = sample_time((len(x0), x0.shape[1] // size), cfg.shift, rows, cfg.low, cfg.high)
     t = repeat(t, "b i -> b (i k)", k=size).to(x0.device)  # [B, T]
     eps = roles.noise(x0, "causal_flow_matching/noise")
-    u = torch.rand(3, len(x0), generator=roles.generator("causal_flow_matching/drop")).to(x0.device)
+    cond = cfg.dropped(roll.cond, roles.rows("causal_flow_matching/drop"))
     past = given_history(x0, roles) if cfg.forcing == "teacher" else ()
-    v = roles.causal("student")(add_noise(x0, eps, t), t, cfg.dropped(roll.cond, u), *past)
+    v = roles.causal("student")(add_noise(x0, eps, t), t, cond, *past)
     return Term((v - velocity(x0, eps)).square().mean())

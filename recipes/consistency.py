@@ -29,6 +29,7 @@ from distill.contracts import Roles, Roll, Term
 from distill.data.batch import Batch
 from distill.rollout import teacher_forced
 from teacher.conditions import Conditions
+from teacher.draws import draw_rows
 from teacher.flow import add_noise, per_frame, schedule, velocity
 from teacher.guidance import Guidance, guided_velocity
 
@@ -76,7 +77,8 @@ def roll_consistency(batch: Batch, roles: Roles, cfg: RollConfig) -> Roll:
     if cfg.target == "average" and weights is None:
         raise ValueError("rollout.target average needs the moving average that the trainer keeps, there is none.")
     times = grid(cfg, roles.stream.steps)
-    n = torch.randint(1, len(times), (len(x0),), generator=roles.generator("consistency/time"))
+    rows = roles.rows("consistency/time")
+    n = draw_rows(lambda count: torch.randint(1, len(times), (count,), generator=rows), len(x0), rows)
     t, s = times[n].to(x0.device), times[n - 1].to(x0.device)
     eps = roles.noise(x0, "consistency/noise")
     xt = add_noise(x0, eps, t)

@@ -90,7 +90,7 @@ def ratio_weight(xt: Tensor, t: Tensor, roll: Roll, roles: Roles, cfg: Config) -
 
 def renoised(x0: Tensor, tag: str, roles: Roles, cfg) -> tuple[Tensor, Tensor]:
     """(x_t, t [B]): clips at a random time each; `cfg` has shift, low and high."""
-    t = sample_time((len(x0),), cfg.shift, roles.generator(f"{tag}/time"), cfg.low, cfg.high).to(x0.device)
+    t = sample_time((len(x0),), cfg.shift, roles.rows(f"{tag}/time"), cfg.low, cfg.high).to(x0.device)
     return add_noise(x0, roles.noise(x0, f"{tag}/noise"), t), t
 
 

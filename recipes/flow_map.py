@@ -24,6 +24,7 @@ from torch import Tensor
 from distill.contracts import Roles, Roll, Term
 from distill.rollout import given_history
 from recipes.consistency import path_velocity
+from teacher.draws import draw_rows
 from teacher.flow import add_noise, per_frame, sample_time
 from teacher.guidance import Guidance
 
@@ -70,7 +71,8 @@ def term(roll: Roll, roles: Roles, cfg: Config) -> Term:
 
 def draw_times(count: int, roles: Roles, cfg: Config) -> tuple[Tensor, Tensor]:
     """(t [B], r [B]) float64, r <= t."""
-    t = sample_time((count,), cfg.shift, roles.generator("flow_map/time"))
-    u = torch.rand(2, count, generator=roles.generator("flow_map/end"), dtype=torch.float64)
+    t = sample_time((count,), cfg.shift, roles.rows("flow_map/time"))
+    rows = roles.rows("flow_map/end")
+    u = draw_rows(lambda n: torch.rand(2, n, generator=rows, dtype=torch.float64), count, rows, dim=1)
     r = torch.where(u[0] < cfg.instant + cfg.to_clean, torch.zeros_like(t), u[1] * t)
     return t, torch.where(u[0] < cfg.instant, t, r)

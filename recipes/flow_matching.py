@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from distill.contracts import Roles, Roll, Term
 from teacher.conditions import Conditions
+from teacher.draws import draw_rows
 from teacher.flow import add_noise, sample_time, velocity
 
 
@@ -32,8 +32,9 @@ class TimesAndDropout:
         if not 0 <= self.low < self.high <= 1 or self.shift <= 0:
             raise ValueError("times need 0 <= low < high <= 1 and a shift above 0")
 
-    def dropped(self, cond: Conditions, u: Tensor) -> Conditions:
-        """Conditions without what uniform numbers u [3, B] say."""
+    def dropped(self, cond: Conditions, rows: torch.Generator) -> Conditions:
+        """Conditions without what uniform numbers of `rows` say, clip by clip."""
+        u = draw_rows(lambda n: torch.rand(3, n, generator=rows), len(cond.text), rows, dim=1).to(cond.text.device)
         both = u[1] < self.drop_both
         return cond.drop(
             text=both | (u[0] < self.drop_text),
@@ -56,8 +57,8 @@ def term(roll: Roll, roles: Roles, cfg: Config) -> Term:
     """Flow-matching loss of `cfg.role` on roll.x0."""
     x0 = roll.x0.detach()
     name = f"flow_matching/{cfg.role}"
-    t = sample_time((len(x0),), cfg.shift, roles.generator(f"{name}/time"), cfg.low, cfg.high).to(x0.device)
+    t = sample_time((len(x0),), cfg.shift, roles.rows(f"{name}/time"), cfg.low, cfg.high).to(x0.device)
     eps = roles.noise(x0, f"{name}/noise")
-    u = torch.rand(3, len(x0), generator=roles.generator(f"{name}/drop")).to(x0.device)
-    v = roles.dit(cfg.role)(add_noise(x0, eps, t), t, cfg.dropped(roll.cond, u))
+    cond = cfg.dropped(roll.cond, roles.rows(f"{name}/drop"))
+    v = roles.dit(cfg.role)(add_noise(x0, eps, t), t, cond)
     return Term((v - velocity(x0, eps)).square().mean())

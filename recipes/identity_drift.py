@@ -39,7 +39,8 @@ def term(roll: Roll, roles: Roles, cfg: Config) -> Term:
         raise ValueError("identity_drift needs an embedder; `make data` trains one.")
     known = roll.cond.ref_mask.any(1)  # a character without any image is like nobody
     if not known.any():
-        return Term(0 * roll.x0.sum())
+        nothing = 0 * roll.x0.sum()
+        return Term(nothing, {"similarity": nothing.detach(), "drift": nothing.detach()})
     with torch.no_grad():
         pool = embedder(roll.cond.refs[known])  # [B, R, E]
     faces = embedder(roll.x0[known])

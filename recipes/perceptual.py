@@ -32,7 +32,9 @@ def term(roll: Roll, roles: Roles, cfg: Config) -> Term:
     """Mean pyramid distance between decode(x0) and decode(target)."""
     if roll.target is None:
         raise ValueError("perceptual needs a rollout with a target: rollout.kind teacher, renoised or data.")
-    chosen = torch.randperm(roll.x0.shape[1], generator=roles.generator("perceptual"))[: cfg.frames].to(roll.x0.device)
+    chosen = torch.randperm(roll.x0.shape[1], generator=roles.generator("perceptual", shared=True))[: cfg.frames].to(
+        roll.x0.device
+    )
     ours, theirs = (roles.codec.decode_unclamped(x[:, chosen]) for x in (roll.x0, roll.target))
     return Term(pyramid_distance(ours.flatten(0, 1), theirs.flatten(0, 1), cfg))
 

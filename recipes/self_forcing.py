@@ -38,7 +38,7 @@ def roll_self(batch: Batch, roles: Roles, cfg: Config) -> Roll:
     student, stream = roles.causal("student"), roles.stream
     plan = _plan(batch, roles, cfg)
     exit_step = int(torch.randint(len(stream.steps), (), generator=roles.generator("rollout/exit", shared=True)))
-    noise = roles.generator("rollout/noise")
+    noise = roles.rows("rollout/noise")
     cache = student.start(plan.cond)
     chunks: list[Tensor] = []
     for index in range(plan.chunks):
@@ -54,7 +54,7 @@ def roll_refine(batch: Batch, roles: Roles, cfg: Config) -> Roll:
     """The refiner on the backbone's drafts; x0 [B, T, ...] is its last clip."""
     backbone, refiner, stream = roles.causal("backbone"), roles.causal("refiner"), roles.stream
     plan = _plan(batch, roles, cfg)
-    noise = roles.generator("rollout/noise")
+    noise = roles.rows("rollout/noise")
     with torch.no_grad():
         draft_cache = backbone.start(plan.cond)
     cache = refiner.start(plan.cond)
@@ -89,21 +89,26 @@ def _plan(batch: Batch, roles: Roles, cfg: Config) -> _Plan:
     if cfg.chunks < shortest:
         raise ValueError(f"rollout.chunks {cfg.chunks} is shorter than the clip, which has {shortest} chunks.")
     chunks = int(torch.randint(shortest, cfg.chunks + 1, (), generator=roles.generator("rollout/length", shared=True)))
-    return _Plan(longer(batch.cond, chunks * size), chunks, clip, batch.latents)
+    cond = longer(batch.cond, chunks * size, roles.whole, int(roles.key[1]))
+    return _Plan(cond, chunks, clip, batch.latents)
 
 
-def longer(cond: Conditions, frames: int) -> Conditions:
-    """Conditions of `frames` latent frames: each character hears its own clip last, other clips of the batch before."""
-    clip = cond.num_frames
+def longer(cond: Conditions, frames: int, whole: Conditions | None = None, rank: int = 0) -> Conditions:
+    """Conditions of `frames` latent frames: each character hears its own clip last, other clips of the batch before.
+
+    whole: conditions of all clips of a batch that several processes share; cond is the rank-th part of it.
+    """
+    clip, rows = cond.num_frames, len(cond.speak)
     pieces = -(-frames // clip)
     audio = {}
     for name in ("speak", "listen"):
-        own = getattr(cond, name)
-        body = own[:, AUDIO_PER_LATENT * PAST :]
+        own, every = getattr(cond, name), getattr(whole or cond, name)
+        row = torch.arange(rows) + rank * rows if whole is not None else torch.arange(rows)
         # Piece k is that of the k-th neighbor in the batch; the own clip stays last, where it is scored.
-        joined = [torch.roll(body, k, 0) for k in range(pieces - 1, 0, -1)]
-        first = torch.roll(own[:, : AUDIO_PER_LATENT * PAST], pieces - 1, 0)
-        audio[name] = torch.cat([first, *joined, body], 1)[:, -AUDIO_PER_LATENT * (frames + PAST) :]
+        other = [every[(row - k) % len(every)].to(own.device) for k in range(pieces - 1, 0, -1)]
+        first = (other[0] if other else own)[:, : AUDIO_PER_LATENT * PAST]
+        bodies = [heard[:, AUDIO_PER_LATENT * PAST :] for heard in (*other, own)]
+        audio[name] = torch.cat([first, *bodies], 1)[:, -AUDIO_PER_LATENT * (frames + PAST) :]
     return replace(cond, **audio)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from student.fast import FastDiT
 from student.kv_cache import KVCache
 from student.mask import causal_mask, teacher_forcing_mask
 from teacher.attention import KV
@@ -68,10 +69,15 @@ class CausalDiT(nn.Module):
         """Does it hear where a step ends?"""
         return self.dit.config.flow_map
 
+    def streaming(self) -> FastDiT:
+        """The same network for a stream without gradient, one per stream."""
+        return FastDiT(self)
+
     def velocity(self, xt: Tensor, t: Tensor, cond: Conditions, cache: KVCache, r: Tensor | None = None) -> Tensor:
         """v of one chunk, xt [B, K, C, H, W], t [B]; `cond` covers this chunk's frames. A flow map gives the one that
         leads from t to r [B], to a clean chunk where r is not told; others know no r but 0."""
-        return self.dit.run(xt, t, cond, cache.positions(), cache.context(), r=self._end(t, r))[0]
+        end = self.step_end(t, r)
+        return self.dit.run(xt, t, cond, cache.positions(), cache.context(), r=end, keep=False)[0]
 
     def remember(self, x: Tensor, t: Tensor, cond: Conditions, cache: KVCache) -> KVCache:
         """The cache after the finished chunk `x` (clean, or noised to t [B])."""
@@ -109,15 +115,16 @@ class CausalDiT(nn.Module):
             refs[0][0].k.shape[1],
         )
         if hist is None:
-            return self.dit.run(xt, t, cond, positions, refs, causal_mask(*sizes).to(xt.device), self._end(t, r))[0]
+            return self.dit.run(xt, t, cond, positions, refs, causal_mask(*sizes), self.step_end(t, r), keep=False)[0]
         if t_hist is None:
             raise ValueError("A given history needs its noise level t_hist.")
-        layers = self.dit.run(hist, t_hist, cond, positions, refs, causal_mask(*sizes).to(xt.device))[1]
+        layers = self.dit.run(hist, t_hist, cond, positions, refs, causal_mask(*sizes))[1]
         context = [[*ref, KV(k, v, positions)] for ref, (k, v) in zip(refs, layers, strict=True)]
-        mask = teacher_forcing_mask(*sizes).to(xt.device)
-        return self.dit.run(xt, t, cond, positions, context, mask, self._end(t, r))[0]
+        mask = teacher_forcing_mask(*sizes)
+        return self.dit.run(xt, t, cond, positions, context, mask, self.step_end(t, r), keep=False)[0]
 
-    def _end(self, t: Tensor, r: Tensor | None) -> Tensor | None:
+    def step_end(self, t: Tensor, r: Tensor | None) -> Tensor | None:
+        """What a flow map is told of where a step from t ends: r, 0 where it is not given; None to other networks."""
         if not self.flow_map:
             return None
         return torch.zeros_like(t) if r is None else r

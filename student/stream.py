@@ -8,25 +8,25 @@ cond of the chunk [audio of K frames + past], cache  ->  x0 [B, K, C, H, W], nex
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from student.causal_dit import CausalDiT
+from student.fast import FastDiT
 from student.kv_cache import KVCache
 from teacher.conditions import Conditions
+from teacher.draws import gaussian
 from teacher.flow import add_noise, x0_from_v
 
-
-def gaussian(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Fresh noise of the shape of `like`, drawn on the generator's device so that seeds mean the same everywhere."""
-    noise = torch.randn(like.shape, generator=generator, device=generator.device)
-    return noise.to(like.device, like.dtype)
+Network = CausalDiT | FastDiT
+PARTS = ("draft", "refine")
+Noise = Callable[[int, str], torch.Generator]  # (number of the chunk, its part) -> where its noise comes from
 
 
 def denoise_chunk(
-    model: CausalDiT,
+    model: Network,
     cond: Conditions,
     cache: KVCache,
     steps: tuple[float, ...],
@@ -52,7 +52,7 @@ def denoise_chunk(
 
 @torch.no_grad()
 def remember_chunk(
-    model: CausalDiT, x0: Tensor, cond: Conditions, cache: KVCache, noise: float, generator: torch.Generator
+    model: Network, x0: Tensor, cond: Conditions, cache: KVCache, noise: float, generator: torch.Generator
 ) -> KVCache:
     """Write a finished chunk into the cache as history at noise level `noise`, without gradient."""
     t = torch.full((len(x0),), noise, dtype=torch.float64, device=x0.device)
@@ -61,33 +61,52 @@ def remember_chunk(
 
 
 @torch.no_grad()
+def draft_chunk(
+    backbone: Network, told: Conditions, cache: KVCache, generator: torch.Generator, alone: bool = False
+) -> tuple[Tensor, KVCache]:
+    """The backbone's part of a chunk: all steps but the last (`alone`: all of them), then noisy history.
+
+    -> draft [B, K, C, H, W], next cache
+    """
+    config = backbone.stream
+    steps = config.steps if alone else config.steps[:-1]
+    blank = told.refs.new_zeros(len(told.refs), config.chunk_frames, *told.refs.shape[2:])
+    draft = denoise_chunk(backbone, told, cache, steps, blank, generator)
+    return draft, remember_chunk(backbone, draft, told, cache, config.history_noise, generator)
+
+
+@torch.no_grad()
+def refine_chunk(
+    refiner: Network, told: Conditions, cache: KVCache, draft: Tensor, generator: torch.Generator
+) -> tuple[Tensor, KVCache]:
+    """The refiner's part: the last step, from the re-noised draft, then clean history -> x0 like draft, next cache."""
+    x0 = denoise_chunk(refiner, told, cache, refiner.stream.steps[-1:], draft, generator)
+    return x0, remember_chunk(refiner, x0, told, cache, 0.0, generator)
+
+
+@torch.no_grad()
 def stream(
-    backbone: CausalDiT, refiner: CausalDiT | None, cond: Conditions, generator: torch.Generator
+    backbone: CausalDiT, refiner: CausalDiT | None, cond: Conditions, generator: torch.Generator | Noise
 ) -> Iterator[Tensor]:
     """Yield the chunks of `cond.num_frames` latent frames, each [B, K, C, H, W].
 
     With a refiner the backbone takes all steps but the last, under noisy history, and the refiner the last one, under
-    the clean history of its own output. Without one the backbone takes all steps itself.
+    the clean history of its own output. Without one the backbone takes all steps itself. Noise comes from one
+    generator in the order of use, or from one per chunk and part, as in a live session.
     """
-    config = backbone.stream
-    size = config.chunk_frames
-    if refiner is not None and not config.refined:
+    size = backbone.stream.chunk_frames
+    if refiner is not None and not backbone.stream.refined:
         raise ValueError("A stream of a single step has none left for a refiner.")
     if cond.num_frames % size:
         raise ValueError(
             f"A stream is made of whole chunks of {size} latent frames, the audio covers {cond.num_frames}: pad it."
         )
-    blank = cond.refs.new_zeros(len(cond.refs), size, *cond.refs.shape[2:])
-    draft_cache = backbone.start(cond)
-    final_cache = refiner.start(cond) if refiner is not None else None
-    steps = config.steps if refiner is None else config.steps[:-1]
-    for start in range(0, cond.num_frames, size):
-        told = cond.frames(start, start + size)
-        draft = denoise_chunk(backbone, told, draft_cache, steps, blank, generator)
-        draft_cache = remember_chunk(backbone, draft, told, draft_cache, config.history_noise, generator)
-        if refiner is None or final_cache is None:
-            yield draft
-            continue
-        x0 = denoise_chunk(refiner, told, final_cache, config.steps[-1:], draft, generator)
-        final_cache = remember_chunk(refiner, x0, told, final_cache, 0.0, generator)
+    draft_cache, fast = backbone.start(cond), backbone.streaming()
+    final_cache, finish = (refiner.start(cond), refiner.streaming()) if refiner is not None else (None, None)
+    for index in range(cond.num_frames // size):
+        told = cond.frames(index * size, (index + 1) * size)
+        sources = [generator if isinstance(generator, torch.Generator) else generator(index, p) for p in PARTS]
+        x0, draft_cache = draft_chunk(fast, told, draft_cache, sources[0], alone=refiner is None)
+        if finish is not None and final_cache is not None:
+            x0, final_cache = refine_chunk(finish, told, final_cache, x0, sources[1])
         yield x0

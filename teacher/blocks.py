@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from teacher.attention import KV, CrossAttention, SelfAttention
+from teacher.attention import KV, Blocks, CrossAttention, SelfAttention
+from teacher.lora import Linear
 
 
 def time_features(t: Tensor, dim: int = 256) -> Tensor:
@@ -59,15 +60,23 @@ class AudioEncoder(nn.Module):
         return tokens[:, past + 1 - self.window :]
 
 
+class LayerNorm(nn.LayerNorm):
+    """Computed in the precision of the residual stream, whatever its weights are kept or gathered in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 class Block(nn.Module):
     """Self-attention, text + audio cross-attention, feed-forward; AdaLN from time with a learned per-block table."""
 
     def __init__(self, dim: int, ffn_dim: int, heads: int):
         super().__init__()
         self.self_attn = SelfAttention(dim, heads)
-        self.norm3 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm3 = LayerNorm(dim, eps=1e-6)
         self.cross_attn = CrossAttention(dim, heads)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.ffn = nn.Sequential(Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / math.sqrt(dim))
 
     def forward(
@@ -76,7 +85,7 @@ class Block(nn.Module):
         time: Tensor,
         positions: Tensor,
         context: list[KV],
-        mask: Tensor | None,
+        mask: Blocks | None,
         told: tuple[Tensor, Tensor, Tensor] | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """x [B, T*n, D]; time [B, T, 6, D]; told = (text, audio, offsets) or None for reference images, which hear

@@ -9,7 +9,9 @@ x [B, T, C, H, W], t [B] or [B, T], Conditions  ->  v [B, T, C, H, W]
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +19,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from teacher.attention import KV
+from teacher.attention import KV, Blocks
 from teacher.blocks import AudioEncoder, Block, Head, time_features
 from teacher.conditions import AUDIO_PER_LATENT, PAST, Conditions
+from teacher.lora import Adapters, in_use, using
 from teacher.rope import grid_positions, moved, reference_times
 
 
@@ -85,25 +88,35 @@ class DiT(nn.Module):
         """Bidirectional velocity. `refs` may carry `encode_refs(cond)` from an earlier call."""
         refs = self.encode_refs(cond) if refs is None else refs
         positions = grid_positions(x.shape[1], *self.token_grid(x)).to(x.device)
-        return self.run(x, t, cond, positions, refs)[0]
+        return self.run(x, t, cond, positions, refs, keep=False)[0]
 
     def token_grid(self, x: Tensor) -> tuple[int, int]:
         """Token rows and columns of latents [..., H, W]."""
         return x.shape[-2] // self.config.patch, x.shape[-1] // self.config.patch
 
     def encode_refs(self, cond: Conditions) -> list[list[KV]]:
-        """Reference images -> per layer a one-element context of R*n tokens, absent images masked."""
+        """Reference images -> per layer a one-element context of R*n tokens.
+
+        Slots that no item of the batch fills are left out, and where all items fill the others no mask is needed: then
+        flash-attn serves. Otherwise absent images are masked.
+        """
         batch, slots = cond.refs.shape[:2]
         if slots > len(self.config.references):
             raise ValueError(f"{slots} reference images were given, the model has {len(self.config.references)} slots.")
         rows, columns = self.token_grid(cond.refs)
-        images = cond.refs.flatten(0, 1)[:, None]  # [B*R, 1, C, H, W]
-        t = torch.zeros(batch * slots, 1, dtype=torch.float64, device=images.device)
+        there = cond.ref_mask.any(0).nonzero()[:, 0].tolist()
+        times = reference_times(self.config.references[:slots])
+        if not there:
+            nothing = cond.refs.new_zeros(batch, 0, self.config.dim)
+            return [[KV(nothing, nothing, nothing.new_zeros(0, 3).double())] for _ in range(self.config.depth)]
+        present = cond.ref_mask[:, there]
+        images = cond.refs[:, there].flatten(0, 1)[:, None]  # [B*R, 1, C, H, W]
+        t = torch.zeros(len(images), 1, dtype=torch.float64, device=images.device)
         base = grid_positions(1, rows, columns).to(images.device)
         # An image looks at itself alone, so its own time cancels; it matters where the video looks at it.
         _, layers = self.run(images, t, None, base, None)
-        positions = torch.cat([moved(base, time) for time in reference_times(self.config.references[:slots])])
-        mask = cond.ref_mask[:, :, None].expand(-1, -1, rows * columns).flatten(1)
+        positions = torch.cat([moved(base, time) for time in (times[slot] for slot in there)])
+        mask = None if present.all() else present[:, :, None].expand(-1, -1, rows * columns).flatten(1)
         join = "(b r) n d -> b (r n) d"
         return [[KV(rearrange(k, join, b=batch), rearrange(v, join, b=batch), positions, mask)] for k, v in layers]
 
@@ -114,12 +127,14 @@ class DiT(nn.Module):
         cond: Conditions | None,
         positions: Tensor,
         context: list[list[KV]] | None,
-        mask: Tensor | None = None,
+        mask: Blocks | None = None,
         r: Tensor | None = None,
+        keep: bool = True,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """The network proper: tokens of `x` at `positions` [T*n, 3], looking at each other (through `mask`) and at the
-        per-layer `context`. Returns v like x and the per-layer (k before RoPE, v) of these tokens. A flow map with r
-        (like t, at most t) gives the mean velocity of the path from t to r; references and history have no r."""
+        per-layer `context`. Returns v like x and the per-layer (k before RoPE, v) of these tokens, which are let go
+        layer by layer unless `keep`: of a long clip they are larger than the network. A flow map with r (like t, at
+        most t) gives the mean velocity of the path from t to r; references and history have no r."""
         frames, patch = x.shape[1], self.config.patch
         rows, columns = self.token_grid(x)
         tokens = rearrange(x, "b t c (h p) (w q) -> b (t h w) (p q c)", p=patch, q=patch)
@@ -132,15 +147,18 @@ class DiT(nn.Module):
             r = r[:, None].expand(-1, frames) if r.ndim == 1 else r
             time = time + self.interval_embedding(time_features(t - r).to(tokens.dtype))
         table = self.time_projection(time).unflatten(-1, (6, -1))  # [B, T, 6, D]
-        told = self._told(cond)
+        told, adapters = self._told(cond), in_use()
         layers = []
         for index, block in enumerate(self.blocks):
             arguments = (tokens, table, positions, context[index] if context else [], mask, told and told[index % 2])
             if self.config.checkpoint_blocks and torch.is_grad_enabled():
-                tokens, kv = checkpoint(block, *arguments, use_reentrant=False)
+                # By the time of the backward pass other adapters may have been in use.
+                again = partial(_contexts, adapters)
+                tokens, kv = checkpoint(block, *arguments, use_reentrant=False, context_fn=again)
             else:
                 tokens, kv = block(*arguments)
-            layers.append(kv)
+            if keep:
+                layers.append(kv)
         out = self.head(tokens, time)
         v = rearrange(out, "b (t h w) (p q c) -> b t c (h p) (w q)", t=frames, h=rows, w=columns, p=patch, q=patch)
         return v.to(x.dtype), layers
@@ -154,3 +172,8 @@ class DiT(nn.Module):
         speak = self.speak_embedding(cond.speak.to(dtype), PAST)
         listen = self.listen_embedding(cond.listen.to(dtype), PAST)
         return (text, speak, self.speak_embedding.offsets), (text, listen, self.listen_embedding.offsets)
+
+
+def _contexts(adapters: Adapters | None) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What checkpointing holds open in the forward pass, and while it repeats it."""
+    return nullcontext(), using(adapters)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from teacher.draws import draw_rows
+
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
     """Warp flow time towards noise (shift > 1)."""
@@ -28,8 +30,11 @@ def schedule(num_steps: int, shift: float) -> Tensor:
 
 
 def sample_time(shape: tuple[int, ...], shift: float, generator: torch.Generator, low=0.0, high=1.0) -> Tensor:
-    """Shifted uniform times, clamped to [low, high], float64."""
-    u = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
+    """Shifted uniform times of `shape` [B, ...], clamped to [low, high], float64."""
+    rows, device = shape[1:], generator.device
+    u = draw_rows(
+        lambda n: torch.rand((n, *rows), generator=generator, dtype=torch.float64, device=device), shape[0], generator
+    )
     return shift_time(u, shift).clamp(low, high)
 
 

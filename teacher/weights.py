@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from teacher.blocks import AudioEncoder
 from teacher.conditions import AUDIO_PER_LATENT
 from teacher.dit import DiT, DiTConfig
+from teacher.lora import Linear
 from teacher.naming import (
     DIFFUSERS,
     ORIGINAL,
@@ -310,7 +311,7 @@ def _make_audio(model: DiT, dtype: torch.dtype) -> dict[str, int]:
     for block in model.blocks:
         attention = block.get_submodule("cross_attn")
         for name in ("audio_k", "audio_v", "audio_o"):
-            layer = nn.Linear(config.dim, config.dim)
+            layer = Linear(config.dim, config.dim)
             if name == "audio_o":  # the branch starts silent
                 nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)

@@ -152,7 +152,7 @@ class Bidirectional(DiT):
     def encode_refs(self, cond: Conditions) -> list[list[KV]]:
         return []
 
-    def run(self, x, t, cond, positions, context, mask=None):
+    def run(self, x, t, cond, positions, context, mask=None, r=None, keep=True):
         v, hidden = self.net(x.flatten(1), t)
         token = hidden[:, None]
         return self.world.clips(v), [(token, token)]
@@ -175,6 +175,9 @@ class Causal(CausalDiT):
     def start(self, cond: Conditions):
         rows = len(cond.refs)
         return torch.zeros(rows, self.numbers + 2)
+
+    def streaming(self):
+        return self
 
     def velocity(self, xt: Tensor, t: Tensor, cond: Conditions, cache, r: Tensor | None = None) -> Tensor:
         end = [time_features(torch.zeros_like(t) if r is None else r)] if self.flow_map else []

@@ -108,7 +108,7 @@ def small_roles(stream: StreamConfig, models: dict[str, nn.Module] | None = None
 
 
 def at_step(roles: Roles, step: int, rank: int = 0) -> Roles:
-    return replace(roles, key=(0, rank, step, 0, 0))
+    return replace(roles, key=(0, rank, step, 0, 0), processes=rank + 1)
 
 
 def gradients(module: nn.Module) -> list[Tensor | None]:

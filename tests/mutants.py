@@ -46,10 +46,11 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("teacher/attention.py", "teacher cache"): [
         ("angles[-x.shape[1] :]", "angles[: x.shape[1]]", "queries at the places of the context"),
         (
-            "return padding if mask is None else padding & mask",
-            "return mask if mask is not None else None",
+            "    if all(kv.mask is None for kv in context):",
+            "    if True:",
             "absent references are seen",
         ),
+        ("spans[-1].stop == start:", "spans[-1].stop <= start:", "hidden blocks between two visible ones are seen"),
         (
             "keys = torch.cat([*(kv.k.to(k.dtype) for kv in context), k], 1)",
             "keys = torch.cat([*(kv.k.to(k.dtype).detach() for kv in context), k], 1)",
@@ -62,6 +63,54 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
             "flash-attn with heads before tokens",
         ),
         (" and q.dtype in (torch.bfloat16, torch.half)", "", "flash-attn in fp32"),
+    ],
+    ("teacher/attention.py", "attention"): [
+        ("slice(0, self.free)] if self.free else []", "slice(0, 0)] if self.free else []", "references are not seen"),
+        (
+            "torch.cat([padding[..., span] for span in spans], -1)",
+            "padding[..., : keys.shape[1]]",
+            "padding of other keys",
+        ),
+    ],
+    ("teacher/lora.py", "lora"): [
+        (
+            "nn.Parameter(down.new_zeros(layer.out_features, config.rank))",
+            "nn.Parameter(down.new_ones(layer.out_features, config.rank))",
+            "adapters have an effect at the start",
+        ),
+        ("self.scale = config.alpha / config.rank", "self.scale = config.alpha", "alpha without the rank"),
+        (
+            "return self.scale * self.up[slot] @ self.down[slot]",
+            "return self.up[slot] @ self.down[slot]",
+            "merged without the scale",
+        ),
+    ],
+    ("teacher/adapted.py", "lora"): [
+        ("self._hidden = (base,)", "self.inner, self._hidden = base, (base,)", "the base is part of each view"),
+        (
+            "twin = AdaptedDiT(self.base, self.lora)",
+            "twin = AdaptedDiT(copy.deepcopy(self.base), self.lora)",
+            "copies copy the base",
+        ),
+    ],
+    ("distill/adapters.py", "lora"): [
+        ("return merge(base, view.adapters) | others", "return base | others", "read without the adapters"),
+    ],
+    ("distill/costs.py", "memory"): [
+        ("for_keys = 12 if machine.cuda else 16", "for_keys = 0", "keys alone keep nothing"),
+        ("2 * (inside + head + own + memory)", "(inside + head + own + memory)", "gradients of weights cost nothing"),
+        ("2 * a * kv + 2 * s * n", "a * kv + 2 * s * n", "values are not kept"),
+    ],
+    ("distill/standing.py", "plan"): [
+        (
+            'found = {} if "teacher" in self.trained else {"teacher": whole}',
+            "found: dict[str, int] = {}",
+            "the teacher weighs nothing",
+        ),
+    ],
+    ("distill/probe.py", "memory"): [
+        ("ctx.held = list(context)", "ctx.held = []", "checkpointing keeps no context"),
+        ("own.cast = own.gradients = None", "own.cast = None", "gradients stay for ever"),
     ],
     ("teacher/blocks.py", "teacher"): [
         ("past + 1 - self.window :", "past + 2 - self.window :", "audio one frame late"),
@@ -84,15 +133,14 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("column >= row - window", "column > row - window", "window one chunk short"),
         ("(column < row)", "(column <= row + 1)", "the next chunk is seen"),
         ("(column < sink)", "(column <= sink)", "sink one chunk too long"),
-        ("torch.ones(len(mask), refs,", "torch.zeros(len(mask), refs,", "references are not seen"),
         (
-            "_per_token(torch.cat([past, torch.eye(chunks, dtype=torch.bool)], 1)",
-            "_per_token(torch.cat([past, torch.eye(chunks, dtype=torch.bool) | past], 1)",
+            "Blocks(torch.cat([past, torch.eye(chunks, dtype=torch.bool)], 1)",
+            "Blocks(torch.cat([past, torch.eye(chunks, dtype=torch.bool) | past], 1)",
             "the noisy past is seen beside the given history",
         ),
         (
-            "_per_token(torch.cat([past, torch.eye",
-            "_per_token(torch.cat([past | torch.eye(chunks, dtype=torch.bool), torch.eye",
+            "Blocks(torch.cat([past, torch.eye",
+            "Blocks(torch.cat([past | torch.eye(chunks, dtype=torch.bool), torch.eye",
             "a chunk sees its own clean end",
         ),
     ],
@@ -148,15 +196,54 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("and (exit_step is None or index == exit_step)", "", "every step carries gradient"),
         ("if noise else x0", "if noise > 1 else x0", "history never noised"),
         (
-            "final_cache = remember_chunk(refiner, x0,",
-            "final_cache = remember_chunk(refiner, draft,",
+            "return x0, remember_chunk(refiner, x0,",
+            "return x0, remember_chunk(refiner, draft,",
             "refiner remembers the draft",
         ),
         (
-            "draft_cache = remember_chunk(backbone, draft, told, draft_cache, config.history_noise, generator)",
-            "draft_cache = remember_chunk(backbone, draft, told, draft_cache, 0.0, generator)",
+            "remember_chunk(backbone, draft, told, cache, config.history_noise, generator)",
+            "remember_chunk(backbone, draft, told, cache, 0.0, generator)",
             "backbone streams under clean history",
         ),
+    ],
+    ("student/hearing.py", "session"): [
+        ("% len(ENDS) + len(ENDS)  #", "% len(ENDS)  #", "features of the past are taken for new ones"),
+        (
+            "features[:, -AUDIO_PER_LATENT * PAST :].clone()",
+            "features[:, -AUDIO_PER_LATENT * PAST :]",
+            "a view is kept",
+        ),
+    ],
+    ("student/session.py", "session"): [
+        ('keyed_generator(self.seed, index, "draft")', 'keyed_generator(self.seed, 0, "draft")', "noise of chunk 0"),
+        ("        self._drafts = {}\n", "", "a chunk made ahead is shown after the interruption"),
+        ("max(self._drafts, default=self.index - 1) + 1", "self.index", "a text for a chunk that is made already"),
+        ("= draft.cache, final_cache, draft.heard", "= draft.cache, final_cache, self.heard", "the session stays deaf"),
+        ("        self._drafts.pop(self.index, None)\n", "", "drafts pile up"),
+        ("self.texts = [(self.index, self.texts[-1][1])]", "pass", "an interruption keeps the old text"),
+    ],
+    ("student/session_file.py", "session"): [
+        ('facts["frames"])', "0)", "audio is resumed at another phase"),
+        ('for first, text in facts["texts"]]', 'for first, text in facts["texts"][:1]]', "a text to come is lost"),
+    ],
+    ("student/fast.py", "session"): [
+        ("known[1] is not cache", "False", "the context of another chunk"),
+        ("known[0] is not cond.text or known[1] is not cond.text_mask", "False", "the text before"),
+        ("key = float(t[0])", "key = 0.0", "the time of another step"),
+        ("bool(kv.mask.all())", "True", "absent references are seen"),
+    ],
+    ("student/online.py", "online"): [
+        ("if found != FORMAT:", "if found is None:", "a folder of another format is read"),
+    ],
+    ("evaluation/sound.py", "streaming"): [
+        (".mean(0)", "[0]", "the second channel is not heard"),
+    ],
+    ("evaluation/film.py", "streaming"): [
+        ("temporary.unlink(missing_ok=True)", "pass", "half a film is left"),
+        ("SAMPLE_RATE, self.num_samples", "SAMPLE_RATE, 0", "all sound at the start"),
+    ],
+    ("evaluation/latency.py", "streaming"): [
+        ("given[1].shape[0] * given[1].shape[1]", "1", "frames that pass are not counted"),
     ],
     ("recipes/dmd.py", "recipes"): [
         ("g = (fake - real)", "g = (real - fake)", "sign of the DMD gradient"),
@@ -240,6 +327,34 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ),
         ("return keyed_generator(*key, tag)", "return keyed_generator(key[0], tag)", "the same noise at every step"),
     ],
+    ("teacher/draws.py", "engine"): [
+        ("rank * count, count)", "0, count)", "every process draws the first process's rows"),
+    ],
+    ("recipes/self_forcing.py", "engine"): [
+        ("torch.arange(rows) + rank * rows if", "torch.arange(rows) if", "neighbors of the first process's clips"),
+    ],
+    ("distill/engine/config.py", "engine"): [
+        ("if key in OURS:", "if False:", "DeepSpeed's file contradicts the recipe"),
+    ],
+    ("distill/launch.py", "engine"): [
+        ('if several and config.kind == "plain":', "if False:", "several processes that train the same alone"),
+    ],
+    ("distill/state/shards.py", "engine"): [
+        ("if len(files) != expected:", "if False:", "a checkpoint with a shard missing"),
+        ("if end != prod(shape):", "if False:", "a tensor with elements missing"),
+        ("- first * row : stop - first * row]", "- first : stop - first]", "elements counted as rows"),
+    ],
+    ("distill/engine/replicated.py", "spread"): [
+        ("flat /= dist.get_world_size()", "pass", "gradients summed over processes, not averaged"),
+        ("stacked / self.processes", "stacked", "curves summed over processes"),
+    ],
+    ("distill/engine/fsdp.py", "spread"): [
+        ("                module.reshard()", "                pass", "gathered weights outlive their masters"),
+    ],
+    ("distill/engine/zero.py", "spread"): [
+        ("boundary(last)", "boundary(True)", "only the last micro-step counts"),
+        ("optimizer.update_lp_params()", "pass", "masters that change reach no weights"),
+    ],
     ("teacher/naming.py", "weights"): [
         ('"d c p q -> d (p q c)"', '"d c p q -> d (q p c)"', "rows and columns of a patch swapped"),
         ("weight[:, :channels, 0]", "weight[:, -channels:, 0]", "the wrong channels of I2V kept"),
@@ -315,6 +430,37 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("distill/engine.py", "trainer"): [
         ("if wrong:", "if len(wrong) > 10**9:", "bf16 masters are trained"),
+    ],
+    ("student/live/scheduler.py", "serve serve_model"): [
+        ("self._ring.append(job)", "self._ring.appendleft(job)", "one session goes on until its sound is used up"),
+        ("job.inbox.popleft()", "job.inbox.pop()", "what a session is told comes in the wrong order"),
+    ],
+    ("student/live/connection.py", "serve serve_limits"): [
+        ("round(at * SAMPLE_RATE) + one.dropped", "round(at * SAMPLE_RATE)", "interrupted sound is not counted"),
+        ("self.drawn - self.shown >= self.limits.frames_waiting", "False", "a slow client's pictures pile up"),
+        ("self.studio.leave(len(self.running))", "self.studio.leave(0)", "places are never given back"),
+        ("if waiting > self.limits.backlog_seconds", "if False", "sound piles up"),
+        ("        self.done += dropped\n", "", "interrupted sound counts as waiting"),
+        ("if ahead > self.limits.ahead_seconds", "if False", "sound faster than real time"),
+    ],
+    ("student/live/guard.py", "serve serve_limits"): [
+        ("if name in self.names", "if name.startswith(tuple(self.names))", "a name that begins like ours"),
+        ("urlsplit(origins[0]).netloc.lower() != hosts[0].lower()", "False", "pages from anywhere may connect"),
+    ],
+    ("student/live/wire.py", "serve serve_limits"): [
+        ("(samples, silence) if channel == SPEAK", "(samples, silence) if channel == LISTEN", "channels swapped"),
+    ],
+    ("student/live/studio.py", "serve serve_model"): [
+        ("seed=told.seed", "seed=0", "every session has the same noise"),
+        ("self.references[told.character]", "next(iter(self.references.values()))", "all get the first character"),
+    ],
+    ("student/live/meters.py", "serve_model"): [
+        ("return 1.0 - float(", "return float(", "likeness instead of distance"),
+        ("maxlen=RECENT", "maxlen=None", "a real-time factor of the whole past"),
+    ],
+    ("student/serve.py", "serve_limits serving"): [
+        ("self.loop.call_later(CUT_SECONDS, self.transport.abort)", "pass", "a client that never reads is never cut"),
+        ("listener.bind(address)", 'listener.bind(("", address[1]))', "bound to every address"),
     ],
     ("distill/modules.py", "modules"): [
         ("if own is not None and name in shipped_names:", "if own == 0:", "a file takes a shipped loss's place"),

@@ -92,7 +92,7 @@ def test_a_sliding_window_equals_masked_attention_over_the_whole_past(chunk: int
     model, frames = small_student(config(chunk, 0, window)), 9 * chunk
     cond, x, t = conditions(frames, present=(0, 0)), latents(frames), times(frames, 2)
     refs = model.dit.encode_refs(cond)
-    mask = causal_mask(9, chunk * TOKENS, 0, window, 2 * TOKENS)
+    mask = causal_mask(9, chunk * TOKENS, 0, window, refs[0][0].k.shape[1])
     whole = model.dit.run(x, t, cond, grid_positions(frames, SIDE // 2, SIDE // 2), refs, mask)[0]
     torch.testing.assert_close(cached(model, x, t, cond, x, t), whole, rtol=0, atol=1e-10)
 

@@ -14,7 +14,7 @@ from distill import pipeline
 from distill.errors import UserError
 from distill.options import Options
 from distill.state import checkpoint, lineage
-from student.causal_dit import CausalDiT
+from student.fast import FastDiT
 from student.online import OnlineLPM
 from teacher.conditions import AUDIO_PER_LATENT, PAST, TEXT_DIM, TEXT_LENGTH, Conditions
 
@@ -86,13 +86,13 @@ def test_a_student_of_any_number_of_steps_goes_through_every_stage_to_a_stream(
     folder = Path("runs") / run.run / "online-lpm"
     assert lineage.read(folder).parent_hash == lineage.read(Path("runs") / run.run / stages[-1]).hash
     online, asked = OnlineLPM.from_pretrained(folder), []
-    velocity = CausalDiT.velocity
+    velocity = FastDiT.velocity
 
-    def spy(self: CausalDiT, xt, t, cond, cache, r=None):
-        asked.append((self is online.refiner, float(t[0])))
+    def spy(self: FastDiT, xt, t, cond, cache, r=None):
+        asked.append((self.model is online.refiner, float(t[0])))
         return velocity(self, xt, t, cond, cache, r)
 
-    monkeypatch.setattr(CausalDiT, "velocity", spy)
+    monkeypatch.setattr(FastDiT, "velocity", spy)
     chunks = list(online.latents(told(4), torch.Generator().manual_seed(0)))
     assert [chunk.shape[1] for chunk in chunks] == [2, 2] and all(chunk.isfinite().all() for chunk in chunks)
     assert asked == 2 * [(len(steps) > 1 and t == steps[-1], t) for t in steps]

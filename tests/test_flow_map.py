@@ -126,14 +126,16 @@ def test_one_chunk_against_the_cache_hears_r_as_a_whole_clip_does() -> None:
 def test_a_flow_map_goes_along_its_path_and_others_noise_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
     for flow in (True, False):
         model, cond, seen = small_student(STREAM, 3, flow_map=flow), conditions(2), []
-        velocity = model.velocity
+        fast = model.streaming()
+        velocity = fast.velocity
 
         def spy(xt, t, cond, cache, r=None, velocity=velocity, seen=seen):
             v = velocity(xt, t, cond, cache, r)
             seen.append((xt, float(t[0]), float(r[0]), v))
             return v
 
-        monkeypatch.setattr(model, "velocity", spy)
+        monkeypatch.setattr(fast, "velocity", spy)
+        monkeypatch.setattr(model, "streaming", lambda fast=fast: fast)
         (chunk,) = stream(model, None, cond, torch.Generator().manual_seed(0))
         assert [(t, r) for _, t, r, _ in seen] == list(
             zip(STREAM.steps, (0.6, 0.3, 0.0) if flow else (0, 0, 0), strict=True)

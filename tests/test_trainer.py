@@ -150,7 +150,7 @@ def test_a_phase_changes_its_own_role_only_and_leaves_no_gradient_behind(
     trainer = make(recipe, tmp_path / "run")
     learning: list[set[str]] = []
 
-    def spy(loss: Tensor) -> None:
+    def spy(role: str, loss: Tensor, last: bool) -> None:
         models = trainer.roles.models.items()
         learning.append({role for role, model in models if any(p.requires_grad for p in model.parameters())})
         loss.backward()
@@ -213,7 +213,8 @@ def test_the_average_follows_the_student_and_not_the_critic(tmp_path: Path, reci
 def test_samples_and_scores_see_the_average_and_training_does_not(tmp_path: Path, recipe: Recipe) -> None:
     trainer = make(recipe, tmp_path / "run")
     saved = trainer.fit()
-    averaged = dict(trainer.averaged_roles().models["student"].named_parameters())
+    with trainer.averaged_roles() as roles:
+        averaged = dict(roles.models["student"].named_parameters())
     ema, student = checkpoint.load(saved, "ema"), checkpoint.load(saved, "student")
     assert all(torch.equal(averaged[name], ema[name]) for name in ema)
     assert not same(ema, student) and same(weights(trainer, "student"), student)
@@ -242,7 +243,7 @@ def test_a_gradient_that_overflows_is_skipped_though_the_loss_is_finite(
 ) -> None:
     trainer = make(recipe, tmp_path / "run")
     before = weights(trainer, "critic")
-    monkeypatch.setattr(trainer.engine, "backward", lambda loss: (loss * math.inf).backward())
+    monkeypatch.setattr(trainer.engine, "backward", lambda role, loss, last: (loss * math.inf).backward())
     trainer.update(1, 0, recipe.phases[0])
     assert trainer.skipped == 1 and same(weights(trainer, "critic"), before)
 

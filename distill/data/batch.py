@@ -6,7 +6,6 @@ a batch for streams has no latents. Every draw comes from a generator keyed by w
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -15,6 +14,9 @@ import torch
 from torch import Tensor
 
 from teacher.conditions import Conditions
+from teacher.randomness import keyed_generator
+
+__all__ = ["Batch", "keyed_generator"]
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,3 @@ class Batch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in values.items()}
         return Batch(**changed)
-
-
-def keyed_generator(*key: int | str) -> torch.Generator:
-    """A generator seeded by its key alone, for example (seed, rank, step, "noise"): resume needs no stored state."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -10,12 +10,12 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow as pa
 
 Records = dict[str, Any]  # name -> Tensor [N, ...] | list[str]
 HALF = ("latents", "refs", "speak", "listen")
@@ -34,6 +34,7 @@ def concatenate(parts: list[Records]) -> Records:
 def to_dataset(records: Records) -> tuple[datasets.Dataset, dict[str, list[int]]]:
     """Table -> (Arrow dataset, shapes of one row per tensor column, needed to read it back)."""
     import datasets
+    import pyarrow as pa
 
     columns, shapes = {}, {}
     for name, value in records.items():
@@ -47,6 +48,8 @@ def to_dataset(records: Records) -> tuple[datasets.Dataset, dict[str, list[int]]
 
 def from_dataset(dataset: datasets.Dataset, shapes: dict[str, list[int]], names: list[str]) -> Records:
     """The named columns of all rows of `dataset`; half-precision columns come back as float32."""
+    import pyarrow as pa
+
     table = dataset.with_format("arrow")[:]
     result: Records = {}
     for name in names:
@@ -62,5 +65,7 @@ def from_dataset(dataset: datasets.Dataset, shapes: dict[str, list[int]], names:
 
 
 def _column(array: np.ndarray) -> pa.Array:
+    import pyarrow as pa
+
     flat = pa.array(array.reshape(-1))
     return flat if array.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, math.prod(array.shape[1:]))

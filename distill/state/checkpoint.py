@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distill.errors import ExitCode, UserError
+from distill.state.shards import TENSORS, Part
 
-MANIFEST, PROGRESS, TENSORS = "manifest.json", "state.json", "model.safetensors"
+MANIFEST, PROGRESS = "manifest.json", "state.json"
 SPARE_BYTES = 16 * 2**20  # left free on the disk beside the checkpoint itself, for logs
 
 
@@ -58,14 +59,24 @@ def save(
     with committed(target, {"step": step, **meta}, needed) as folder:
         for name, tensors in state.items():
             write_tensors(folder / name, tensors)
-        (folder / PROGRESS).write_text(json.dumps(progress or {}, indent=1))
+        write_progress(folder, progress or {})
     prune(Path(root), keep, best)
     return target
 
 
+def write_progress(folder: Path, progress: dict[str, Any]) -> None:
+    """What the trainer wants back beside tensors."""
+    (folder / PROGRESS).write_text(json.dumps(progress, indent=1))
+
+
 @contextmanager
-def committed(target: Path, meta: dict[str, Any], bytes_needed: int = 0) -> Iterator[Path]:
-    """Yield a temporary folder; when the block ends well it becomes `target`, whole and with a manifest."""
+def committed(
+    target: Path, meta: dict[str, Any], bytes_needed: int = 0, known: dict[str, dict[str, Any]] | None = None
+) -> Iterator[Path]:
+    """Yield a temporary folder; when the block ends well it becomes `target`, whole and with a manifest.
+
+    known: manifest entries by path, of files that whoever wrote them has synced and hashed; read when the block ends.
+    """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     require_space(target.parent, bytes_needed)
@@ -74,7 +85,7 @@ def committed(target: Path, meta: dict[str, Any], bytes_needed: int = 0) -> Iter
     temporary.mkdir()
     try:
         yield temporary
-        _seal(temporary, meta)
+        _seal(temporary, meta, known or {})
         replaced = _move_away(target)
         os.rename(temporary, target)
         _sync_folder(target.parent)
@@ -101,18 +112,41 @@ def require_space(folder: Path, bytes_needed: int) -> None:
         )
 
 
-def _seal(folder: Path, meta: dict[str, Any]) -> None:
+def sealed(folder: Path, path: Path) -> dict[str, dict[str, Any]]:
+    """fsync a file below `folder`; its manifest entry under its path there."""
+    _sync(path)
+    name = path.relative_to(folder).as_posix()
+    return {name: {"path": name, "bytes": path.stat().st_size, "sha256": file_hash(path)}}
+
+
+def _seal(folder: Path, meta: dict[str, Any], known: dict[str, dict[str, Any]]) -> None:
     """fsync all files, then write the manifest that lists them, then fsync that and every folder."""
-    files = []
+    entries = dict(known)
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        _sync(path)
-        name = path.relative_to(folder).as_posix()
-        files.append({"path": name, "bytes": path.stat().st_size, "sha256": file_hash(path)})
+        if path.relative_to(folder).as_posix() not in known:
+            entries |= sealed(folder, path)
+    files = [entries[name] for name in sorted(entries)]
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({**meta, "files": files}, indent=1, sort_keys=True))
     _sync(manifest)
     for path in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
         _sync_folder(path)
+
+
+def replace_text(folder: Path, name: str, text: str) -> None:
+    """Replace one text file of a sealed folder, and its entry in the manifest."""
+    temporary = folder / f".{name}.{os.getpid()}.partial"
+    temporary.write_text(text, encoding="utf-8")
+    entry = {"path": name, "bytes": temporary.stat().st_size, "sha256": file_hash(temporary)}
+    manifest = read_manifest(folder)
+    manifest["files"] = sorted([f for f in manifest["files"] if f["path"] != name] + [entry], key=lambda f: f["path"])
+    beside = folder / f".{MANIFEST}.{os.getpid()}.partial"
+    beside.write_text(json.dumps(manifest, indent=1, sort_keys=True))
+    for path in (temporary, beside):
+        _sync(path)
+    os.replace(temporary, folder / name)
+    os.replace(beside, folder / MANIFEST)
+    _sync_folder(folder)
 
 
 def _move_away(target: Path) -> Path | None:
@@ -216,9 +250,10 @@ def verify(path: Path) -> str | None:
 def load(path: Path, name: str) -> dict[str, Tensor]:
     """The tensors of one part of a checkpoint, on the CPU."""
     file = Path(path) / name / TENSORS
-    if not file.is_file():
-        raise UserError(f"The checkpoint {path} has no part '{name}'.", ExitCode.CHECKPOINT)
-    return load_file(file)
+    if file.is_file():
+        return load_file(file)
+    part = Part(Path(path) / name)  # in shards, or in several files
+    return {tensor: part.whole(tensor) for tensor in part.names}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

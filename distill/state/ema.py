@@ -4,19 +4,28 @@ ema <- decay * ema + (1 - decay) * parameter after every step from `start_step` 
 copy, so that the first wild steps leave no trace. Names and shapes are those of `module.named_parameters()`.
 """
 
+from collections.abc import Iterator
+from typing import Protocol
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+
+class Named(Protocol):
+    """A module, or what of it lies in this process (distill.engine.Pieces)."""
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
 class EMA:
     """Moving average of every parameter of `module`."""
 
-    def __init__(self, module: nn.Module, decay: float, start_step: int = 0) -> None:
+    def __init__(self, module: Named, decay: float, start_step: int = 0) -> None:
         self.decay, self.start_step = decay, start_step
         self.average = {name: p.detach().float().clone() for name, p in module.named_parameters()}
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
+    def update(self, module: Named, step: int) -> None:
         """Take in the parameters after optimizer step `step` (the first one is 1)."""
         for name, parameter in module.named_parameters():
             if step <= self.start_step:
@@ -25,7 +34,7 @@ class EMA:
                 self.average[name].lerp_(parameter.float(), 1.0 - self.decay)
 
     @torch.no_grad()
-    def copy_to(self, module: nn.Module) -> None:
+    def copy_to(self, module: Named) -> None:
         """Write the average into `module`, in the module's own precision."""
         for name, parameter in module.named_parameters():
             parameter.copy_(self.average[name])

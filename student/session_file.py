@@ -1,0 +1,98 @@
+"""A running session on disk: one safetensors file whose header carries the rest as JSON, replaced in one rename.
+
+Kept is what is true after the last delivered chunk (caches, heard audio) and the audio that still waits; a chunk made
+ahead is made again, from the same noise. Keys and values of the references are computed again from their latents.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from student.hearing import Heard
+from student.kv_cache import ChunkKV, KVCache
+
+if TYPE_CHECKING:
+    from student.online import OnlineLPM
+    from student.session import Session
+
+NAME, VERSION = "session.safetensors", 1
+CACHES = ("draft_cache", "final_cache")
+
+
+def save(session: Session, folder: Path) -> Path:
+    """folder/session.safetensors; returns the folder."""
+    caches: dict[str, dict[str, int]] = {}
+    facts = {
+        "version": VERSION,
+        "model": session.model.fingerprint(),
+        "index": session.index,
+        "seed": session.seed,
+        "look_ahead": session.look_ahead,
+        "texts": session.texts,
+        "frames": session.heard.frames,
+        "caches": caches,
+    }
+    tensors = {
+        "refs": session.refs,
+        "heard.features": session.heard.features,
+        "heard.samples": session.heard.samples,
+        "waiting": session.waiting.look(0, session.waiting.length),
+    }
+    for name in CACHES:
+        cache: KVCache | None = getattr(session, name)
+        if cache is None:  # no refiner
+            continue
+        caches[name] = {"sink": len(cache.sink), "window": len(cache.window), "seen": cache.seen}
+        for place, chunks in (("sink", cache.sink), ("window", cache.window)):
+            for number, chunk in enumerate(chunks):
+                for layer, (k, v) in enumerate(chunk):
+                    tensors |= {f"{name}.{place}.{number}.{layer}.{what}": x for what, x in (("k", k), ("v", v))}
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{NAME}.{os.getpid()}.partial"
+    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, {"session": json.dumps(facts)})
+    os.replace(temporary, folder / NAME)
+    return folder
+
+
+def resume(model: OnlineLPM, folder: Path) -> Session:
+    """The session back, on the model's device. ValueError when the file is missing, damaged, or of another model."""
+    from student.session import Session
+
+    path = folder / NAME
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no saved session: {NAME} is missing.")
+    try:
+        with safe_open(path, "pt", device=str(model.device)) as file:
+            facts = json.loads((file.metadata() or {})["session"])
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is no saved session or is damaged ({error}).") from None
+    if facts.get("version") != VERSION:
+        raise ValueError(f"{path} was saved by another version ({facts.get('version')}, this one reads {VERSION}).")
+    if facts["model"] != model.fingerprint():
+        raise ValueError(f"{path} belongs to another model: load the one it was saved with.")
+    session = Session(model, tensors["refs"], seed=facts["seed"], look_ahead=facts["look_ahead"])
+    session.index = facts["index"]
+    session.texts = [(int(first), str(text)) for first, text in facts["texts"]]
+    session.heard = Heard(tensors["heard.features"].cpu(), tensors["heard.samples"].cpu(), facts["frames"])
+    session.waiting.push(tensors["waiting"].cpu())
+    depth = model.backbone.dit.config.depth
+    for name, shape in facts["caches"].items():
+        parts = {
+            place: tuple(_chunk(tensors, f"{name}.{place}.{number}", depth) for number in range(shape[place]))
+            for place in ("sink", "window")
+        }
+        setattr(session, name, replace(getattr(session, name), seen=shape["seen"], **parts))
+    return session
+
+
+def _chunk(tensors: dict[str, Tensor], prefix: str, depth: int) -> ChunkKV:
+    return [(tensors[f"{prefix}.{layer}.k"], tensors[f"{prefix}.{layer}.v"]) for layer in range(depth)]

@@ -1,0 +1,115 @@
+"""The plan's bytes against what the allocator reports, and its FLOPs against torch's own counter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import conditions, latents, small_dit
+from measured import measured_peak
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from distill.config import load
+from distill.costs import Call, Machine, adapter_parameters, flops, kept_per_block, parameters
+from distill.meter import Meter
+from distill.plan import plan
+from distill.standing import Setting
+from teacher.adapted import AdaptedDiT
+from teacher.attention import KV
+from teacher.blocks import Block
+from teacher.dit import DiTConfig
+from teacher.lora import LoRAConfig
+from teacher.rope import grid_positions
+
+TINY = ("model.depth=3", "train.batch_size=2", "train.grad_accumulation=1")
+MID = ("model={dim: 320, depth: 4, heads: 5, ffn_dim: 1024, channels: 32, text_dim: 64}", "train.batch_size=1")
+STAGES = {1: "stage1_ode", 2: "stage2_dmd", 3: "stage3_self_forcing"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "sizes", "precision", "again"),
+    [
+        (1, TINY, "fp32", False),
+        (1, MID, "bf16", False),
+        (1, TINY, "bf16", True),
+        (2, TINY, "bf16", False),
+        (2, MID, "fp32", True),
+        (3, TINY, "fp32", False),
+        (3, TINY, "bf16", True),
+        (3, MID, "bf16", False),
+    ],
+)
+def test_planned_memory_is_within_a_tenth_of_the_measured_peak(
+    stage: int, sizes: tuple[str, ...], precision: str, again: bool, tmp_path: Path
+) -> None:
+    changes = (*sizes, f"train.precision={precision}", f"model.checkpoint_blocks={str(again).lower()}")
+    recipe = load(f"recipes/tiny/{STAGES[stage]}.yaml", changes)
+    planned = plan(Setting(recipe, 1, cuda=torch.cuda.is_available()), 80e9).total
+    assert planned == pytest.approx(measured_peak(recipe, tmp_path, steps=1), rel=0.1)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("told", [False, True])
+def test_a_block_keeps_the_bytes_that_the_formula_says(bf16: bool, told: bool) -> None:
+    c, batch, frames, refs = DiTConfig(dim=96, heads=3, ffn_dim=160), 2, 4, 12
+    block, tokens = Block(c.dim, c.ffn_dim, c.heads), frames * 4
+    kept = torch.float32 if not bf16 else torch.bfloat16
+    context = [KV(*(torch.randn(batch, refs, c.dim, dtype=kept) for _ in "kv"), torch.zeros(refs, 3).double())]
+    given = [torch.randn(batch, *shape, requires_grad=True) for shape in ((tokens, c.dim), (frames, 6, c.dim))]
+    heard = [
+        torch.randn(*s, requires_grad=True) for s in ((batch, 7, c.dim), (batch, frames + 2, 2, c.dim), (3, 2, c.dim))
+    ]
+    outside = {t.untyped_storage().data_ptr() for t in [*given, *heard, *block.parameters()]}
+    seen: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        seen.setdefault(t.untyped_storage().data_ptr(), (t.untyped_storage().nbytes(), t))  # kept, so addresses stay
+        return t
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
+        block(*given, grid_positions(frames, 2, 2), context, None, tuple(heard) if told else None)
+    real = sum(size for address, (size, _) in seen.items() if address not in outside)
+    call = Call("x", batch, frames, tokens, refs, (tokens + refs,), 7 * told, graph=True, trained=True)
+    casts = 2 * sum(p.numel() for name, p in block.named_parameters() if p.ndim == 2) * bf16
+    if not told:
+        casts -= 2 * 7 * c.dim**2 * bf16
+    assert kept_per_block(c, call, Machine(bf16, cuda=False)) + casts == pytest.approx(real, rel=0.04)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("lora", [None, LoRAConfig(4, 4.0)])
+def test_flops_are_those_that_torch_counts(lora: LoRAConfig | None, inner: bool) -> None:
+    base = small_dit(1, torch.float32)
+    net = base if lora is None else AdaptedDiT(base.requires_grad_(False), lora)
+    learned = sum(p.numel() for p in net.parameters())
+    assert learned == (parameters(base.config) if lora is None else adapter_parameters(base.config, lora))
+    x, cond = latents(4, dtype=torch.float32).requires_grad_(inner), conditions(4, dtype=torch.float32)
+    refs = [[KV(kv.k.detach(), kv.v.detach(), kv.positions) for kv in layer] for layer in net.encode_refs(cond)]
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            loss = net(x, torch.tensor([0.1, 0.5]).double(), cond, refs).square().sum()
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+    call = Call("x", 2, 4, 16, 8, (24,), 3, graph=True, trained=True, inner=inner)
+    assert flops(base.config, call, lora) == (forward.get_total_flops(), backward.get_total_flops())
+
+
+def test_a_meter_forgets_what_is_let_go_and_remembers_the_worst_moment() -> None:
+    meter = Meter()
+    with meter.counting():
+        a = torch.randn(1000)
+        b = a[1:] + 1
+        assert meter.live["buffers"] == 4000 + 3996
+        view = a.view(10, 100)
+        del a
+        assert meter.live["buffers"] == 4000 + 3996
+        del view, b
+    held = meter.hold(1e6, "activations", (3,))
+    meter.touch(activations=5e5)
+    del held
+    assert meter.live["activations"] == 0 and meter.peak["activations"] == 1.5e6 and meter.total == 1.5e6
