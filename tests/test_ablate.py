@@ -180,14 +180,14 @@ def test_every_job_runs_once_and_a_second_call_does_nothing(
 ) -> None:
     found = plan(write(GRID))
     most = 0
-    keep = standing.write_state
+    write_state = jobs.standing.write_state
 
-    def watch(found: Plan, progress: Progress) -> None:
+    def watch(plan: Plan, progress: Progress) -> None:
         nonlocal most
         most = max(most, list(progress.state.values()).count("running"))
-        keep(found, progress)
+        write_state(plan, progress)
 
-    monkeypatch.setattr(standing, "write_state", watch)
+    monkeypatch.setattr(jobs.standing, "write_state", watch)
     progress = run(found, monkeypatch, count=count)
     assert set(progress.state.values()) == {"done"} and 1 <= most <= count
     assert len(calls()) == 13 and set(calls().values()) == {1}

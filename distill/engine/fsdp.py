@@ -166,7 +166,7 @@ class FSDP2(Pieced):
 
 
 def in_pieces(models: dict[str, nn.Module]) -> None:
-    """Tell students that streams, too, must go through `DiT.run`, where weights are gathered and precision is chosen."""
+    """Tell students that streams, too, go through `DiT.run`: there weights are gathered and precision is chosen."""
     for model in models.values():
         if isinstance(model, CausalDiT):
             model.whole = False
