@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distill.data import dataset, motion, puppet, speech
+from distill.data import dataset, puppet, speech
 from distill.data.batch import Batch
 from distill.data.dataset import LatentDataset
+from distill.data.redraw import REFERENCE_DRAWS, another_draw, reference_tracks
 from distill.runs import write_json
 from distill.tracking import progress
 from evaluation.bench import (
@@ -34,7 +35,6 @@ from evaluation.bench import (
     teacher_stream,
 )
 from evaluation.drift import Drift, measure_drift
-from evaluation.geometry import measure
 from evaluation.scores import Truth, Values, load_values, save_values, score
 from evaluation.statistics import exactly
 from student.causal_dit import CausalDiT
@@ -64,19 +64,25 @@ class Bench:
         rows = torch.arange(min(config.clips, len(self.test)))
         self.batch: Batch = self.test.all().select(rows)
         self.truth = truth_of(self.batch, self.codec)
-        self.tracks = measure(self.truth.frames)
+        # Chance moves what one draw of idle motion amounts to by a tenth: motion is held against the mean of several.
+        self.tracks = reference_tracks(self.test, self.batch, self.codec, config.seed)
         self.case, self.speak, self.listen = dataset.stream_case(data, config.stream_characters, config.stream_seconds)
         self.stream_refs, self.stream_mask = stills(self.case, self.codec), self.case.cond.ref_mask
 
     def measure(self, row: Row) -> tuple[Values, Drift | None]:
         """Scores of a row, from its cache where weights and settings are the same."""
         base = self.folder / row.name
-        key = {"source": row.source, "bench": asdict(self.config), "data": self.test.fingerprint}
+        key = {
+            "source": row.source,
+            "bench": asdict(self.config),
+            "data": self.test.fingerprint,
+            "draws": REFERENCE_DRAWS,
+        }
         if (base / "key.json").is_file() and json.loads((base / "key.json").read_text()) == key:
             return load_values(base / "values.safetensors"), self._kept_drift(base)
         base.mkdir(parents=True, exist_ok=True)
         if row.clips is None:
-            latents, seconds = self._another_draw(), 0.0
+            latents, seconds = another_draw(self.test, self.batch, self.codec, self.config.seed), 0.0
         else:
             latents, seconds = make_clips(row.clips, self.batch.cond, self.config)
         values = score(decode(self.codec, latents), self.truth, self.tracks)
@@ -111,19 +117,6 @@ class Bench:
             frames = puppet.render(characters, self.case.motion[:, start : start + 240], self.test.size).float() / 255
             parts.append((self.codec.decode(self.codec.encode(frames)) * 255).round().to(torch.uint8))
         return torch.cat(parts, 1)
-
-    def _another_draw(self) -> Tensor:
-        """The same characters and audio with other idle motion: latents of a second sample from the data."""
-        speak, listen = self.test.waves(self.batch.index)
-        moves = []
-        for row in range(len(self.batch)):
-            attributes = motion.Attributes(*self.batch.labels[row].tolist())
-            heard = (speak[row].numpy(), listen[row].numpy(), self.batch.state[row].numpy())
-            chance = np.random.default_rng((self.config.seed, row))
-            moves.append(torch.from_numpy(motion.drive(*heard, attributes, chance)[0]))
-        characters = self.test.characters[self.batch.index]
-        frames = puppet.render(characters, torch.stack(moves), self.test.size)
-        return self.codec.encode(frames.float() / 255)
 
     def _kept_drift(self, base: Path) -> Drift | None:
         path = base / "drift.safetensors"

@@ -43,7 +43,7 @@ class SampleHook:
         self.codec, self.folder, self.teacher_steps = validation.codec(), folder, teacher_steps
         self.batch = batch = validation.all()
         self.truth = truth_of(batch, self.codec)
-        self.tracks = measure(self.truth.frames)
+        self.tracks = [measure(self.truth.frames)]
         self.wave = validation.waves(batch.index[:1])[0][0, 24000:]  # without the 1.5 s of past
 
     def __call__(self, step: int, roles: Roles) -> tuple[dict[str, float], dict[str, Tensor]]:

@@ -3,13 +3,15 @@
 Dynamics of a track = its standard deviation over the frames of one state. Which tracks count: head position and
 roll in every state, the mouth too while speaking. Silent mouths stand still and blinks are rare events, so neither
 says anything about stiffness. Each track is weighted by the data's own dynamics, so that all count alike; then a
-ratio of sums over clips. generated tracks, data tracks, state [N, F] -> ratio as influence values [N]; 1 = as
-lively as the data.
+ratio of sums over clips. The data's dynamics are the mean over the draws of it that are given: idle motion is a matter
+of chance. generated tracks, tracks of each draw, state [N, F] -> ratio as influence values [N]; 1 = as lively as the
+data.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ RELEVANT = {
 LEAST_FRAMES = 12  # a shorter stretch of a state has no dynamics to speak of
 
 
-def motion_ratios(tracks: Tracks, data: Tracks, state: Tensor) -> dict[str, Tensor]:
+def motion_ratios(tracks: Tracks, data: Sequence[Tracks], state: Tensor) -> dict[str, Tensor]:
     """-> {"motion_ratio", "motion_speak", "motion_listen", "motion_silence"}, each [N]; `state` [N, F] int."""
     moved, expected = {}, {}
     for name, code in STATES.items():
@@ -37,12 +39,15 @@ def motion_ratios(tracks: Tracks, data: Tracks, state: Tensor) -> dict[str, Tens
     return {"motion_ratio": ratio_of_sums(overall_moved, overall_expected), **ratios}
 
 
-def state_dynamics(tracks: Tracks, data: Tracks, mask: Tensor, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+def state_dynamics(
+    tracks: Tracks, data: Sequence[Tracks], mask: Tensor, names: tuple[str, ...]
+) -> tuple[Tensor, Tensor]:
     """-> dynamics of the clips and of the data [N], [N], in units of the data's mean; NaN where the state is absent."""
     moved, expected = [], []
     for name in names:
         ours = masked_std(getattr(tracks, name).double(), mask, least=LEAST_FRAMES)
-        theirs = masked_std(getattr(data, name).double(), mask, least=LEAST_FRAMES)
+        draws = [masked_std(getattr(draw, name).double(), mask, least=LEAST_FRAMES) for draw in data]
+        theirs = torch.stack(draws).mean(0)
         unit = theirs.nanmean()
         if not unit > 0:  # no clip in this state (NaN), or the data itself stands still
             ours, theirs, unit = ours * math.nan, theirs * math.nan, torch.ones_like(unit)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,13 +47,14 @@ class Truth:
     character: Tensor  # [N] int
 
 
-def score(frames: Tensor, truth: Truth, data: Tracks | None = None) -> Values:
+def score(frames: Tensor, truth: Truth, data: Sequence[Tracks] = ()) -> Values:
     """frames [N, F, 3, H, W] -> every metric that clips can show; drift and costs are added by whoever ran the model.
 
-    `data` = measure(truth.frames), for callers that score many rows against one truth.
+    `data` = measure(truth.frames), for callers that score many rows against one truth; behind it, tracks of other draws
+    of the same clips, where there are any: motion is held against the mean of all.
     """
     tracks = measure(frames)
-    data = measure(truth.frames) if data is None else data
+    data = data or [measure(truth.frames)]
     anchor = reference_identity(measure(truth.references).identity, truth.reference_mask)  # [N, D]
     sync = follow(tracks.mouth, truth.driven_mouth, truth.state == STATES["speak"])
     nod = follow(tracks.head_y, truth.driven_nod, truth.state == STATES["listen"])
@@ -71,7 +72,7 @@ def score(frames: Tensor, truth: Truth, data: Tracks | None = None) -> Values:
         **motion_ratios(tracks, data, truth.state),
         "seam_ratio": seam_ratio(frames),
         "sharpness_ratio": sharpness_ratio(frames, truth.frames),
-        "frechet_motion": frechet_motion(tracks, data, truth.driven_mouth, truth.driven_nod),
+        "frechet_motion": frechet_motion(tracks, data[0], truth.driven_mouth, truth.driven_nod),
     }
 
 

@@ -183,7 +183,7 @@ def test_top1_finds_the_character_among_clips_that_share_it():
 
 @pytest.mark.parametrize(("name", "code"), [("silence", 0), ("speak", 1), ("listen", 2)])
 def test_motion_of_half_the_size_has_ratio_one_half_in_its_state_only(name: str, code: int):
-    ratios = motion_ratios(make_tracks(scale=0.5), make_tracks(), one_state(code))
+    ratios = motion_ratios(make_tracks(scale=0.5), [make_tracks()], one_state(code))
     assert mean_se(ratios[f"motion_{name}"])["mean"] == pytest.approx(0.5, abs=1e-6)
     assert mean_se(ratios["motion_ratio"])["mean"] == pytest.approx(0.5, abs=1e-6)
     assert sum(math.isnan(mean_se(values)["mean"]) for values in ratios.values()) == 2
@@ -191,14 +191,21 @@ def test_motion_of_half_the_size_has_ratio_one_half_in_its_state_only(name: str,
 
 def test_another_draw_of_the_same_motion_has_ratio_one_within_its_error():
     state = torch.arange(3).repeat(CLIPS)[:CLIPS, None].expand(-1, FRAMES)
-    for values in motion_ratios(make_tracks(seed=1), make_tracks(seed=2), state).values():
+    for values in motion_ratios(make_tracks(seed=1), [make_tracks(seed=2)], state).values():
         result = mean_se(values)
         assert abs(result["mean"] - 1) < 3 * result["se"] + 1e-9
 
 
+def test_motion_is_held_against_the_mean_of_all_draws_of_the_data():
+    draws = [make_tracks(scale=0.5), make_tracks(scale=1.5)]
+    for values in motion_ratios(make_tracks(scale=0.8), draws, one_state(0)).values():
+        mean = mean_se(values)["mean"]
+        assert math.isnan(mean) or mean == pytest.approx(0.8, abs=1e-6)
+
+
 def test_a_lively_mouth_does_not_make_up_for_a_stiff_head_in_silence():
     stiff = make_tracks(scale=0.2, mouth=9 * waves())
-    assert mean_se(motion_ratios(stiff, make_tracks(), one_state(0))["motion_silence"])["mean"] == pytest.approx(
+    assert mean_se(motion_ratios(stiff, [make_tracks()], one_state(0))["motion_silence"])["mean"] == pytest.approx(
         0.2, abs=1e-6
     )
 
