@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from student.kv_cache import ChunkKV, KVCache
 from student.promise import Cache, Promise
-from student.sight import Sight, Sights, turned
+from student.sight import Norm, Sight, Sights, blocks_of, norm_of, normed, turned
 from teacher.attention import KV, attention
-from teacher.blocks import time_features
+from teacher.blocks import Block, time_features
 from teacher.conditions import Conditions
 
 if TYPE_CHECKING:
@@ -40,12 +40,41 @@ class Part:
     sight: Sight
 
 
+Affine = tuple[Tensor, Tensor]  # weight and bias
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a block at hand: asking modules for them takes as long as a small product."""
+
+    q: Affine
+    k: Affine
+    v: Affine
+    o: Affine
+    cross_q: Affine
+    cross_o: Affine
+    audio_o: Affine
+    up: Affine
+    down: Affine
+    norm_qk: Norm  # weight [2, 1, 1, 1, D]
+    norm_cross: Norm
+    norm: nn.Module
+
+    @classmethod
+    def of(cls, block: Block) -> Weights:
+        own, cross = block.self_attn, block.cross_attn
+        linears = (own.q, own.k, own.v, own.o, cross.q, cross.o, cross.audio_o, block.ffn[0], block.ffn[2])
+        (q, floor), (k, _) = norm_of(own.norm_q), norm_of(own.norm_k)
+        qk = torch.stack([q, k])[:, None, None, None], floor
+        return cls(*((linear.weight, linear.bias) for linear in linears), qk, norm_of(cross.norm_q), block.norm3)
+
+
 class FastDiT:
     """Stands in for a `CausalDiT` in the streaming loop. One per network and stream: it remembers the last chunk."""
 
     def __init__(self, model: CausalDiT):
         self.model, self.dit = model, model.dit
-        self._sights = Sights(model.dit)
+        self._sights, self._blocks = Sights(model.dit), [Weights.of(block) for block in blocks_of(model.dit)]
         self._times: dict[Time, tuple[list[Tensor], Table]] = {}
         self._pairs: dict[tuple[Time, Time], Table] = {}
         # Read and written whole: a draft that was thrown away may still run in another thread.
@@ -88,7 +117,7 @@ class FastDiT:
         """Keep the promise and make a step of the next chunk in one pass. None, with the promise kept, where the step
         saw something else than is now in the cache: one that makes new keys out of what it is given."""
         gap = self._gap(xt, promise.before)
-        after = promise.before.push([(gap, gap)] * len(self._sights.blocks))
+        after = promise.before.push([(gap, gap)] * len(self._blocks))
         context = after.context()
         sight = self._sights.make(cond, context, after.positions(), gap)
         v, written = self._pass(self._owed(promise), Part(xt, time, sight))
@@ -104,7 +133,7 @@ class FastDiT:
     def _pass(self, owed: Part | None, step: Part | None) -> tuple[Tensor, ChunkKV]:
         """v like x of the part that makes a step, and per layer (k before RoPE, v) [B, K n, D] of the one that is owed.
         Nothing more is asked of that one: it ends with the keys and values of the last layer."""
-        out, written = self._blocks(owed, step)
+        out, written = self._run(owed, step)
         if step is None:
             return out, written
         patch, (rows, columns) = self.dit.config.patch, self.dit.token_grid(step.x)
@@ -112,7 +141,7 @@ class FastDiT:
         return v.to(step.x.dtype), written
 
     @torch.inference_mode()
-    def _blocks(self, owed: Part | None, step: Part | None) -> tuple[Tensor, ChunkKV]:
+    def _run(self, owed: Part | None, step: Part | None) -> tuple[Tensor, ChunkKV]:
         """The passes proper; tokens [B, F, n, D] of the F frames of all parts, N = F n. -> the head's [B, K, n, P]."""
         dit, parts = self.dit, [part for part in (owed, step) if part is not None]
         patch, heads, frames = dit.config.patch, dit.config.heads, [part.x.shape[1] for part in parts]
@@ -123,38 +152,41 @@ class FastDiT:
         head, table = self._table(parts)
         sights, turn = [part.sight.layers() for part in parts], _joined([part.sight.own_turn for part in parts], 0)
         written: ChunkKV = []
-        for block, times in zip(self._sights.blocks, table, strict=True):
+        for block, times in zip(self._blocks, table, strict=True):
             shift1, scale1, gate1, shift2, scale2, gate2 = times
-            own, cross, layers = block.self_attn, block.cross_attn, [next(layers) for layers in sights]
+            layers = [next(layers) for layers in sights]
             y = _modulated(tokens, shift1, scale1)
-            q, k, v = own.norm_q(own.q(y)), own.norm_k(own.k(y)), own.v(y)
+            qk = normed(torch.stack([F.linear(y, *block.q), F.linear(y, *block.k)]), *block.norm_qk)  # [2, B, F, n, D]
+            v = F.linear(y, *block.v)
             if owed is not None:
-                pair = k[:, : frames[0]].flatten(1, 2).clone(), v[:, : frames[0]].flatten(1, 2).clone()
+                pair = qk[1, :, : frames[0]].flatten(1, 2).clone(), v[:, : frames[0]].flatten(1, 2).clone()
                 written.append(pair)
                 if step is not None:
                     _fill(layers[1].owed, pair, step.sight.owed_turn)
                 if len(written) == len(table):
                     if step is None:
                         break
-                    tokens, q, k, v = (x[:, frames[0] :] for x in (tokens, q, k, v))
+                    tokens, qk, v = tokens[:, frames[0] :], qk[:, :, frames[0] :], v[:, frames[0] :]
                     turn, frames, layers = step.sight.own_turn, frames[1:], layers[1:]
-            q, k, v = (x.flatten(1, 2).unflatten(-1, (heads, -1)) for x in (q, k, v))  # [B, N, heads, d]
-            q, k, sizes = turned(q, turn), turned(k, turn), [frame * tokens.shape[2] for frame in frames]
-            seen = []
+            q, k = turned(qk.flatten(2, 3).unflatten(-1, (heads, -1)), turn).unbind()  # [B, N, heads, d]
+            v = v.flatten(1, 2).unflatten(-1, (heads, -1))
+            seen, sizes = [], [frame * tokens.shape[2] for frame in frames]
             for layer, *mine in zip(layers, q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), strict=True):
                 layer.own[0].copy_(mine[1])
                 layer.own[1].copy_(mine[2])
                 seen.append(attention(mine[0], layer.keys, layer.values, layer.mask))
-            y = own.o(_joined(seen).flatten(2).unflatten(1, (sum(frames), -1)))
+            y = F.linear(_joined(seen).flatten(2).unflatten(1, (sum(frames), -1)), *block.o)
             tokens = torch.addcmul(tokens, y.to(tokens.dtype), gate1)
 
-            q = cross.norm_q(cross.q(block.norm3(tokens))).unflatten(-1, (heads, -1))  # [B, F, n, heads, d]
+            q = normed(F.linear(block.norm(tokens), *block.cross_q), *block.norm_cross).unflatten(-1, (heads, -1))
             read, heard = [], []
             for layer, mine in zip(layers, q.split(frames, 1), strict=True):
                 read.append(attention(mine.flatten(1, 2), *layer.text).flatten(2).unflatten(1, (mine.shape[1], -1)))
                 heard.append(attention(mine.flatten(0, 1), *layer.audio).flatten(2).unflatten(0, mine.shape[:2]))
-            tokens = tokens + (cross.o(_joined(read)) + cross.audio_o(_joined(heard)))
-            tokens = torch.addcmul(tokens, block.ffn(_modulated(tokens, shift2, scale2)).to(tokens.dtype), gate2)
+            told = F.linear(_joined(read), *block.cross_o) + F.linear(_joined(heard), *block.audio_o)
+            tokens = tokens + told
+            y = F.gelu(F.linear(_modulated(tokens, shift2, scale2), *block.up), approximate="tanh")
+            tokens = torch.addcmul(tokens, F.linear(y, *block.down).to(tokens.dtype), gate2)
         else:
             tokens = dit.head.head(_modulated(tokens, *head))
         return tokens, written
@@ -192,7 +224,7 @@ class FastDiT:
             if r is not None:
                 embedded = embedded + dit.interval_embedding(time_features(at - r).to(dtype))
             shared = dit.time_projection(embedded).unflatten(-1, (6, -1))  # [1, 1, 6, D]
-            table = [_modulation(block.modulation + shared) for block in self._sights.blocks]
+            table = [_modulation(block.modulation + shared) for block in blocks_of(dit)]
             self._times[time] = (_modulation(dit.head.modulation + embedded[:, :, None]), table)
         return self._times[time]
 

@@ -72,7 +72,7 @@ class Session:
         self.texts = [(0, text)]  # (number of the first chunk, text); the first entry holds for the next chunk
         self.heard = Heard.nothing(model.backbone.dit.config.mels)  # like the caches: as of the last delivered chunk
         self.waiting = Waiting()
-        told = self._told(self.heard.features, text)
+        told = self.told(self.heard.features, text)
         self._backbone = model.backbone.streaming()
         self._refiner = None if model.refiner is None else model.refiner.streaming()
         self.draft_cache: Cache = model.backbone.start(told)
@@ -184,7 +184,7 @@ class Session:
         """The backbone's part of chunk `index`; nothing of the session is read that could change meanwhile."""
         began = time.perf_counter()
         features, heard = heard.listen(samples, self._size)
-        told = self._told(features, text)
+        told = self.told(features, text)
         generator = keyed_generator(self.seed, index, "draft")
         x0, cache = draft_chunk(self._backbone, told, cache, generator, alone=self._refiner is None)
         return Draft(told, x0, cache, heard, time.perf_counter() - began)
@@ -204,7 +204,7 @@ class Session:
     def _encoded(self, text: str) -> tuple[Tensor, Tensor]:
         return _encoded(text, self.model.backbone.dit.config.text_dim)
 
-    def _told(self, features: Tensor, text: str) -> Conditions:
+    def told(self, features: Tensor, text: str) -> Conditions:
         """The conditions of a chunk with features [2, A, M] under `text`."""
         refs = self.refs[None]
         mask = torch.ones(refs.shape[:2], dtype=torch.bool)

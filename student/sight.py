@@ -10,6 +10,7 @@ conditions of the chunk, what its cache shows  ->  per layer keys, values [B, M 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from teacher.attention import KV
+from teacher.attention import KV, RMSNorm
 from teacher.blocks import Block
 from teacher.conditions import PAST, Conditions
 from teacher.dit import DiT
@@ -25,6 +26,7 @@ from teacher.rope import rope_angles
 
 KEPT_BYTES = 2**30  # rotated copies of a context up to this size are kept; larger ones are made again layer by layer
 Pair = tuple[Tensor, Tensor]  # keys and values
+Norm = tuple[Tensor, Tensor]  # of an RMSNorm of width D: weight * sqrt(D), sqrt(D * eps)
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class Sights:
     """Makes them, for one network and stream."""
 
     def __init__(self, dit: DiT):
-        self.dit, self.heads = dit, dit.config.heads
-        self.blocks = [block for block in dit.blocks if isinstance(block, Block)]
+        self.dit, self.heads, self.blocks = dit, dit.config.heads, blocks_of(dit)
+        self._norms = [norm_of(block.cross_attn.norm_k) for block in self.blocks]
         # Read and written whole: a draft that was thrown away may still run in another thread.
         self._text: tuple[Tensor, Tensor, list[Pair]] | None = None
         self._places: tuple[Tensor, Tensor] | None = None
@@ -123,14 +125,34 @@ class Sights:
             self._offsets = [(a.audio_k.product(offsets), a.audio_v.product(offsets)) for a, offsets in layers]
         dtype = self.dit.patch_embedding.weight.dtype
         tokens = [e(x.to(dtype), PAST) for e, x in zip(encoders, (cond.speak, cond.listen), strict=True)]
-        for index, (block, offsets) in enumerate(zip(self.blocks, self._offsets, strict=True)):
+        for index, (block, norm, offsets) in enumerate(zip(self.blocks, self._norms, self._offsets, strict=True)):
             cross, audio, window = block.cross_attn, tokens[index % 2], encoders[index % 2].window
             k, v = (
                 layer(audio).unfold(1, window, 1).movedim(-1, 2) + offset  # [B, K, W, G, D]
                 for layer, offset in zip((cross.audio_k, cross.audio_v), offsets, strict=True)
             )
-            k, v = (x.flatten(0, 1).flatten(1, 2).unflatten(-1, (self.heads, -1)) for x in (cross.norm_k(k), v))
+            k, v = (x.flatten(0, 1).flatten(1, 2).unflatten(-1, (self.heads, -1)) for x in (normed(k, *norm), v))
             yield k, v
+
+
+def blocks_of(dit: DiT) -> list[Block]:
+    """Its blocks, by their type."""
+    return [block for block in dit.blocks if isinstance(block, Block)]
+
+
+def norm_of(norm: RMSNorm) -> Norm:
+    """What `normed` needs, fp32 or better."""
+    weight = norm.weight.detach().to(torch.promote_types(norm.weight.dtype, torch.float32))
+    width = len(weight)
+    return weight * math.sqrt(width), weight.new_tensor(math.sqrt(width * norm.eps))
+
+
+def normed(x: Tensor, weight: Tensor, floor: Tensor) -> Tensor:
+    """`RMSNorm` in four operations, of which F.rms_norm makes ten on a CPU: with |x| the length of a token of width D,
+    x / sqrt(|x|^2 / D + eps) = sqrt(D) x / hypot(|x|, sqrt(D eps))."""
+    values = x.to(weight.dtype)
+    length = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
+    return (values / torch.hypot(length, floor)).mul_(weight).to(x.dtype)
 
 
 def _place(seen: list[KV], gap: Tensor) -> slice | None:
