@@ -55,8 +55,8 @@ def save(session: Session, folder: Path) -> Path:
             continue
         promised = isinstance(cache, Promise)
         if isinstance(cache, Promise):
-            told = {field: getattr(cache.cond, field) for field in TOLD}
-            tensors |= {f"{name}.promise.{what}": x for what, x in {"x": cache.x, "t": cache.t, **told}.items()}
+            tensors |= {f"{name}.promise.x": cache.x, f"{name}.promise.t": cache.t}
+            tensors |= {f"promise.{field}": getattr(cache.cond, field) for field in TOLD}  # one chunk, of both
             cache = cache.before
         shape = {"sink": len(cache.sink), "window": len(cache.window), "seen": cache.seen}
         caches[name] = {**shape, "promised": promised}
@@ -105,7 +105,7 @@ def resume(model: OnlineLPM, folder: Path) -> Session:
 
 
 def _promise(session: Session, name: str, tensors: dict[str, Tensor], before: KVCache) -> Promise:
-    told = {field: tensors[f"{name}.promise.{field}"] for field in TOLD}
+    told = {field: tensors[f"promise.{field}"] for field in TOLD}
     cond = replace(session.told(session.heard.features, ""), **told)
     x, t = (tensors[f"{name}.promise.{what}"] for what in "xt")
     return Promise(getattr(session, CACHES[name]), x, t, cond, before)

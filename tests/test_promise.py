@@ -1,5 +1,5 @@
-"""Keys and values of a chunk written together with the next chunk's first step: the numbers of two passes, in every kind
-of stream; and a promise that is thrown away, saved, or asked for what it holds changes nothing."""
+"""Keys and values of a chunk written together with the next chunk's first step: the numbers of two passes, in every
+kind of stream; and a promise that is thrown away, saved, or asked for what it holds changes nothing."""
 
 from __future__ import annotations
 
