@@ -63,10 +63,18 @@ class Weights:
     @classmethod
     def of(cls, block: Block) -> Weights:
         own, cross = block.self_attn, block.cross_attn
-        linears = (own.q, own.k, own.v, own.o, cross.q, cross.o, cross.audio_o, block.ffn[0], block.ffn[2])
         (q, floor), (k, _) = norm_of(own.norm_q), norm_of(own.norm_k)
-        qk = torch.stack([q, k])[:, None, None, None], floor
-        return cls(*((linear.weight, linear.bias) for linear in linears), qk, norm_of(cross.norm_q), block.norm3)
+        return cls(
+            q=_affine(own.q), k=_affine(own.k), v=_affine(own.v), o=_affine(own.o),
+            cross_q=_affine(cross.q), cross_o=_affine(cross.o), audio_o=_affine(cross.audio_o),
+            up=_affine(block.ffn[0]), down=_affine(block.ffn[2]),
+            norm_qk=(torch.stack([q, k])[:, None, None, None], floor), norm_cross=norm_of(cross.norm_q),
+            norm=block.norm3,
+        )  # fmt: skip
+
+
+def _affine(layer: nn.Module) -> Affine:
+    return layer.get_parameter("weight"), layer.get_parameter("bias")
 
 
 class FastDiT:
