@@ -171,7 +171,7 @@ class FastDiT:
                 written.append(pair)
                 if step is not None:
                     _fill(layers[1].owed, pair, step.sight.owed_turn)
-                if len(written) == len(table):
+                if len(written) == len(table):  # nothing more is owed
                     if step is None:
                         break
                     tokens, qk, v = tokens[:, frames[0] :], qk[:, :, frames[0] :], v[:, frames[0] :]
@@ -239,6 +239,7 @@ class FastDiT:
     # ---- once per chunk ---------------------------------------------------------------------------------------
 
     def _owed(self, promise: Promise) -> Part:
+        # Two drafts may keep copies of a promise at the same time, in one sight: they write the same bits there.
         sight = self._sight(promise.x, promise.cond, promise.before)
         return Part(promise.x, _single(promise.t, None), sight)
 
