@@ -8,6 +8,7 @@ session that takes turns with the old one at the end. model, references, recordi
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -139,22 +140,22 @@ def first_frames(
 
 @dataclass
 class Count:
-    """Evaluations of a network, and the latent frames that went through them."""
+    """Passes through a network, and the tokens that went through them."""
 
     calls: int = 0
-    frames: int = 0
+    tokens: int = 0
 
 
 @contextmanager
 def counted(*networks: DiT) -> Iterator[Count]:
-    """Count what passes through the heads of these networks: one call each is one evaluation."""
+    """Count what enters these networks, whatever leaves them: a pass may make a picture, keys and values, or both."""
     count = Count()
 
-    def note(_: Any, given: tuple[Tensor, Tensor]) -> None:
+    def note(_: Any, given: tuple[Tensor]) -> None:
         count.calls += 1
-        count.frames += given[1].shape[0] * given[1].shape[1]
+        count.tokens += given[0].shape[:-1].numel()  # [..., P]
 
-    hooks = [network.head.register_forward_pre_hook(note) for network in networks]
+    hooks = [network.patch_embedding.register_forward_pre_hook(note) for network in networks]
     try:
         yield count
     finally:
@@ -168,8 +169,8 @@ def compare(
 ) -> dict[str, Any]:  # fmt: skip
     """Student and teacher take turns at the same seconds of video, decoded frames included; medians of `rounds`.
 
-    cond: one clip for the teacher. Evaluations are counted, not asserted; "writes" are the student's passes that
-    make no picture but keys and values.
+    cond: one clip for the teacher. Evaluations are counted, not asserted, by the latent frames that pass: a chunk that
+    makes its keys and values in one call with another chunk's step has been evaluated; "writes" are these evaluations.
     """
     stream, frames = model.backbone.stream, cond.num_frames
     session = model.stream(references, text, look_ahead=0)
@@ -188,8 +189,9 @@ def compare(
             theirs.add(time.perf_counter() - wall, time.process_time() - cpu)
     references_seen = cond.refs.shape[1]  # encoded once per clip
     seconds = frames / stream.chunk_frames * session.chunk_seconds
-    passes = made.frames / frames  # of every latent frame
-    steps, full = len(stream.steps), (needed.frames - references_seen) / frames
+    tokens = frames * math.prod(teacher.token_grid(cond.refs))
+    passes = made.tokens / tokens  # of every latent frame
+    steps, full = len(stream.steps), needed.tokens / tokens - references_seen / frames
     return {
         "video_seconds": seconds,
         "student": {"evaluations": steps, "with_writes": passes, "calls": made.calls, **_costs(ours, seconds)},

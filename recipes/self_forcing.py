@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distill.contracts import Roles, Roll
 from distill.data.batch import Batch
+from student.promise import Cache
 from student.stream import denoise_chunk, remember_chunk
 from teacher.conditions import AUDIO_PER_LATENT, PAST, Conditions
 
@@ -39,7 +40,7 @@ def roll_self(batch: Batch, roles: Roles, cfg: Config) -> Roll:
     plan = _plan(batch, roles, cfg)
     exit_step = int(torch.randint(len(stream.steps), (), generator=roles.generator("rollout/exit", shared=True)))
     noise = roles.rows("rollout/noise")
-    cache = student.start(plan.cond)
+    cache: Cache = student.start(plan.cond)
     chunks: list[Tensor] = []
     for index in range(plan.chunks):
         told, blank = _chunk(plan.cond, index, stream.chunk_frames)
@@ -56,8 +57,8 @@ def roll_refine(batch: Batch, roles: Roles, cfg: Config) -> Roll:
     plan = _plan(batch, roles, cfg)
     noise = roles.rows("rollout/noise")
     with torch.no_grad():
-        draft_cache = backbone.start(plan.cond)
-    cache = refiner.start(plan.cond)
+        draft_cache: Cache = backbone.start(plan.cond)
+    cache: Cache = refiner.start(plan.cond)
     chunks: list[Tensor] = []
     for index in range(plan.chunks):
         told, blank = _chunk(plan.cond, index, stream.chunk_frames)

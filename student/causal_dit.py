@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from student.fast import FastDiT
 from student.kv_cache import KVCache
 from student.mask import causal_mask, teacher_forcing_mask
+from student.promise import Cache
 from teacher.attention import KV
 from teacher.conditions import Conditions
 from teacher.dit import DiT
@@ -75,13 +76,13 @@ class CausalDiT(nn.Module):
         layer by layer: those of a view with adapters, and those that an engine keeps in pieces."""
         return FastDiT(self) if self.whole and type(self.dit) is DiT else self
 
-    def velocity(self, xt: Tensor, t: Tensor, cond: Conditions, cache: KVCache, r: Tensor | None = None) -> Tensor:
+    def velocity(self, xt: Tensor, t: Tensor, cond: Conditions, cache: Cache, r: Tensor | None = None) -> Tensor:
         """v of one chunk, xt [B, K, C, H, W], t [B]; `cond` covers this chunk's frames. A flow map gives the one that
         leads from t to r [B], to a clean chunk where r is not told; others know no r but 0."""
         end = self.step_end(t, r)
         return self.dit.run(xt, t, cond, cache.positions(), cache.context(), r=end, keep=False)[0]
 
-    def remember(self, x: Tensor, t: Tensor, cond: Conditions, cache: KVCache) -> KVCache:
+    def remember(self, x: Tensor, t: Tensor, cond: Conditions, cache: Cache) -> KVCache:
         """The cache after the finished chunk `x` (clean, or noised to t [B])."""
         return cache.push(self.dit.run(x, t, cond, cache.positions(), cache.context())[1])
 

@@ -90,7 +90,7 @@ class OnlineLPM(nn.Module):
 
     def pictures(self, latents: Tensor) -> Tensor:
         """Latents [B, T, C, H, W] -> what is shown, uint8 [B, 4T, 8H, 8W, 3] on the CPU."""
-        frames = (self.codec.decode(latents) * 255).round().to(torch.uint8)
+        frames = self.codec.decode(latents).mul_(255).round_().to(torch.uint8)
         return frames.permute(0, 1, 3, 4, 2).contiguous().cpu()
 
     # ---- the folder -------------------------------------------------------------------------------------------

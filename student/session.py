@@ -23,7 +23,7 @@ from torch import Tensor
 
 from student import session_file
 from student.hearing import LATENT_RATE, Heard, Waiting, paired, state_of, whole_frames
-from student.kv_cache import KVCache
+from student.promise import Cache
 from student.stream import draft_chunk, refine_chunk
 from teacher.audio import SAMPLE_RATE
 from teacher.conditions import Conditions, encode_text
@@ -51,7 +51,7 @@ class Draft:
 
     told: Conditions
     x0: Tensor  # [1, K, C, H, W]
-    cache: KVCache  # the backbone's
+    cache: Cache  # the backbone's
     heard: Heard
     seconds: float
 
@@ -72,11 +72,11 @@ class Session:
         self.texts = [(0, text)]  # (number of the first chunk, text); the first entry holds for the next chunk
         self.heard = Heard.nothing(model.backbone.dit.config.mels)  # like the caches: as of the last delivered chunk
         self.waiting = Waiting()
-        told = self._told(self.heard.features, text)
+        told = self.told(self.heard.features, text)
         self._backbone = model.backbone.streaming()
         self._refiner = None if model.refiner is None else model.refiner.streaming()
-        self.draft_cache = model.backbone.start(told)
-        self.final_cache = None if model.refiner is None else model.refiner.start(told)
+        self.draft_cache: Cache = model.backbone.start(told)
+        self.final_cache: Cache | None = None if model.refiner is None else model.refiner.start(told)
         self._drafts: dict[int, Future[Draft]] = {}  # made ahead, by number: one, or two while a chunk is refined
         self._worker: ThreadPoolExecutor | None = None
 
@@ -180,16 +180,16 @@ class Session:
         return self._worker.submit(self._draft, *order)
 
     @torch.no_grad()
-    def _draft(self, index: int, text: str, heard: Heard, samples: Tensor, cache: KVCache) -> Draft:
+    def _draft(self, index: int, text: str, heard: Heard, samples: Tensor, cache: Cache) -> Draft:
         """The backbone's part of chunk `index`; nothing of the session is read that could change meanwhile."""
         began = time.perf_counter()
         features, heard = heard.listen(samples, self._size)
-        told = self._told(features, text)
+        told = self.told(features, text)
         generator = keyed_generator(self.seed, index, "draft")
         x0, cache = draft_chunk(self._backbone, told, cache, generator, alone=self._refiner is None)
         return Draft(told, x0, cache, heard, time.perf_counter() - began)
 
-    def _deliver(self, draft: Draft, final_cache: KVCache | None, samples: int) -> None:
+    def _deliver(self, draft: Draft, final_cache: Cache | None, samples: int) -> None:
         """Move on by one chunk. Nothing moves before: after a failure the same chunk can be asked for again."""
         self.draft_cache, self.final_cache, self.heard = draft.cache, final_cache, draft.heard
         self.waiting.drop(samples)
@@ -204,7 +204,7 @@ class Session:
     def _encoded(self, text: str) -> tuple[Tensor, Tensor]:
         return _encoded(text, self.model.backbone.dit.config.text_dim)
 
-    def _told(self, features: Tensor, text: str) -> Conditions:
+    def told(self, features: Tensor, text: str) -> Conditions:
         """The conditions of a chunk with features [2, A, M] under `text`."""
         refs = self.refs[None]
         mask = torch.ones(refs.shape[:2], dtype=torch.bool)

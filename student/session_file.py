@@ -1,7 +1,8 @@
 """A running session on disk: one safetensors file whose header carries the rest as JSON, replaced in one rename.
 
 Kept is what is true after the last delivered chunk (caches, heard audio) and the audio that still waits; a chunk made
-ahead is made again, from the same noise. Keys and values of the references are computed again from their latents.
+ahead is made again, from the same noise. Keys and values of the references are computed again from their latents. A
+promised chunk stays a promise: written now, it would differ in its last bits from what the next step makes of it.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from torch import Tensor
 
 from student.hearing import Heard
 from student.kv_cache import ChunkKV, KVCache
+from student.promise import Cache, Promise
 
 if TYPE_CHECKING:
     from student.online import OnlineLPM
     from student.session import Session
 
-NAME, VERSION = "session.safetensors", 1
-CACHES = ("draft_cache", "final_cache")
+NAME, VERSION = "session.safetensors", 2
+CACHES = {"draft_cache": "_backbone", "final_cache": "_refiner"}
+TOLD = ("speak", "listen", "text", "text_mask")  # conditions of a promised chunk; its references are the session's
 
 
 def save(session: Session, folder: Path) -> Path:
@@ -47,10 +50,16 @@ def save(session: Session, folder: Path) -> Path:
         "waiting": session.waiting.look(0, session.waiting.length),
     }
     for name in CACHES:
-        cache: KVCache | None = getattr(session, name)
+        cache: Cache | None = getattr(session, name)
         if cache is None:  # no refiner
             continue
-        caches[name] = {"sink": len(cache.sink), "window": len(cache.window), "seen": cache.seen}
+        promised = isinstance(cache, Promise)
+        if isinstance(cache, Promise):
+            tensors |= {f"{name}.promise.x": cache.x, f"{name}.promise.t": cache.t}
+            tensors |= {f"promise.{field}": getattr(cache.cond, field) for field in TOLD}  # one chunk, of both
+            cache = cache.before
+        shape = {"sink": len(cache.sink), "window": len(cache.window), "seen": cache.seen}
+        caches[name] = {**shape, "promised": promised}
         for place, chunks in (("sink", cache.sink), ("window", cache.window)):
             for number, chunk in enumerate(chunks):
                 for layer, (k, v) in enumerate(chunk):
@@ -90,8 +99,16 @@ def resume(model: OnlineLPM, folder: Path) -> Session:
             place: tuple(_chunk(tensors, f"{name}.{place}.{number}", depth) for number in range(shape[place]))
             for place in ("sink", "window")
         }
-        setattr(session, name, replace(getattr(session, name), seen=shape["seen"], **parts))
+        cache = replace(getattr(session, name), seen=shape["seen"], **parts)
+        setattr(session, name, _promise(session, name, tensors, cache) if shape["promised"] else cache)
     return session
+
+
+def _promise(session: Session, name: str, tensors: dict[str, Tensor], before: KVCache) -> Promise:
+    told = {field: tensors[f"promise.{field}"] for field in TOLD}
+    cond = replace(session.told(session.heard.features, ""), **told)
+    x, t = (tensors[f"{name}.promise.{what}"] for what in "xt")
+    return Promise(getattr(session, CACHES[name]), x, t, cond, before)
 
 
 def _chunk(tensors: dict[str, Tensor], prefix: str, depth: int) -> ChunkKV:

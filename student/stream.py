@@ -1,7 +1,8 @@
 """Streaming, chunk by chunk: the one loop that training rollouts, evaluation and the live student share.
 
-A chunk starts as noise (or as a re-noised draft, for the refiner), is denoised in a few x0 / re-noise steps, and is
-then run once more, at the history's noise level, to write its keys and values.
+A chunk starts as noise (or as a re-noised draft, for the refiner), is denoised in a few x0 / re-noise steps, and goes
+through the network once more, at the history's noise level, to write its keys and values: at once, or, with the network
+for streaming, together with the first step of the next chunk (student/fast.py).
 
 cond of the chunk [audio of K frames + past], cache  ->  x0 [B, K, C, H, W], next cache
 """
@@ -9,13 +10,14 @@ cond of the chunk [audio of K frames + past], cache  ->  x0 [B, K, C, H, W], nex
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from student.causal_dit import CausalDiT
 from student.fast import FastDiT
-from student.kv_cache import KVCache
+from student.promise import Cache
 from teacher.conditions import Conditions
 from teacher.draws import gaussian
 from teacher.flow import add_noise, x0_from_v
@@ -28,7 +30,7 @@ Noise = Callable[[int, str], torch.Generator]  # (number of the chunk, its part)
 def denoise_chunk(
     model: Network,
     cond: Conditions,
-    cache: KVCache,
+    cache: Cache,
     steps: tuple[float, ...],
     draft: Tensor,
     generator: torch.Generator,
@@ -52,8 +54,8 @@ def denoise_chunk(
 
 @torch.no_grad()
 def remember_chunk(
-    model: Network, x0: Tensor, cond: Conditions, cache: KVCache, noise: float, generator: torch.Generator
-) -> KVCache:
+    model: Network, x0: Tensor, cond: Conditions, cache: Cache, noise: float, generator: torch.Generator
+) -> Cache:
     """Write a finished chunk into the cache as history at noise level `noise`, without gradient."""
     t = torch.full((len(x0),), noise, dtype=torch.float64, device=x0.device)
     x = add_noise(x0, gaussian(x0, generator), t) if noise else x0
@@ -62,13 +64,13 @@ def remember_chunk(
 
 @torch.no_grad()
 def draft_chunk(
-    backbone: Network, told: Conditions, cache: KVCache, generator: torch.Generator, alone: bool = False
-) -> tuple[Tensor, KVCache]:
+    backbone: Network, told: Conditions, cache: Cache, generator: torch.Generator, alone: bool = False
+) -> tuple[Tensor, Cache]:
     """The backbone's part of a chunk: all steps but the last (`alone`: all of them), then noisy history.
 
     -> draft [B, K, C, H, W], next cache
     """
-    config = backbone.stream
+    config, cache = backbone.stream, replace(cache)  # its own: what it adds to a promise is thrown away with it
     steps = config.steps if alone else config.steps[:-1]
     blank = told.refs.new_zeros(len(told.refs), config.chunk_frames, *told.refs.shape[2:])
     draft = denoise_chunk(backbone, told, cache, steps, blank, generator)
@@ -77,9 +79,10 @@ def draft_chunk(
 
 @torch.no_grad()
 def refine_chunk(
-    refiner: Network, told: Conditions, cache: KVCache, draft: Tensor, generator: torch.Generator
-) -> tuple[Tensor, KVCache]:
+    refiner: Network, told: Conditions, cache: Cache, draft: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Cache]:
     """The refiner's part: the last step, from the re-noised draft, then clean history -> x0 like draft, next cache."""
+    cache = replace(cache)
     x0 = denoise_chunk(refiner, told, cache, refiner.stream.steps[-1:], draft, generator)
     return x0, remember_chunk(refiner, x0, told, cache, 0.0, generator)
 
@@ -101,8 +104,9 @@ def stream(
         raise ValueError(
             f"A stream is made of whole chunks of {size} latent frames, the audio covers {cond.num_frames}: pad it."
         )
-    draft_cache, fast = backbone.start(cond), backbone.streaming()
-    final_cache, finish = (refiner.start(cond), refiner.streaming()) if refiner is not None else (None, None)
+    fast, finish = backbone.streaming(), None if refiner is None else refiner.streaming()
+    draft_cache: Cache = backbone.start(cond)
+    final_cache: Cache | None = None if refiner is None else refiner.start(cond)
     for index in range(cond.num_frames // size):
         told = cond.frames(index * size, (index + 1) * size)
         sources = [generator if isinstance(generator, torch.Generator) else generator(index, p) for p in PARTS]

@@ -6,6 +6,7 @@ shall have in this call. Nothing here writes into them.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
         return flash(q, k, v)
     # On a CPU the backward pass of SDPA is about seven times slower in bf16 than in fp32 (torch 2.13).
     compute = torch.float32 if q.device.type == "cpu" and q.dtype == torch.bfloat16 else q.dtype
-    with torch.autocast(q.device.type, enabled=False):
+    casts = torch.is_autocast_enabled(q.device.type)  # to enter the block for nothing costs as much as a small product
+    with torch.autocast(q.device.type, enabled=False) if casts else nullcontext():
         heads_first = [x.transpose(1, 2).to(compute) for x in (q, k, v)]
         out = F.scaled_dot_product_attention(heads_first[0], heads_first[1], heads_first[2], attn_mask=mask)
     return out.transpose(1, 2).to(q.dtype)

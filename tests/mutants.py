@@ -228,9 +228,41 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("student/fast.py", "session"): [
         ("known[1] is not cache", "False", "the context of another chunk"),
+        ("return float(t[0]), None", "return 0.0, None", "the time of another step"),
+    ],
+    ("student/fast.py", "promise"): [
+        ("Part(promise.x, _single(promise.t, None), sight)", "Part(promise.x, (1.0, None), sight)", "history as noise"),
+        ("Promise(self, x.clone()", "Promise(self, x", "a chunk that was changed is remembered"),
+        ("if not _same(context", "if False and not _same(context", "the step saw what is not in the cache"),
+        (
+            "table[-1][2:] = known[1][1][-1][2:]",
+            "table[-1][2:] = known[0][1][-1][2:]",
+            "the last layer at another time",
+        ),
+    ],
+    ("student/sight.py", "session"): [
         ("known[0] is not cond.text or known[1] is not cond.text_mask", "False", "the text before"),
-        ("key = float(t[0])", "key = 0.0", "the time of another step"),
         ("bool(kv.mask.all())", "True", "absent references are seen"),
+        ("not torch.equal(known[0], places)", "False", "keys at the places of an earlier window"),
+        (
+            "None if owed is None else turn[owed]",
+            "None if owed is None else turn[-gap.shape[1] :]",
+            "the chunk before at the place of the next",
+        ),
+        ("math.sqrt(width * norm.eps)", "math.sqrt(norm.eps)", "the norm's eps of one channel"),
+    ],
+    ("student/promise.py", "promise"): [
+        ("self.before.push(self.network.write(self))", "self.before", "a promised chunk is forgotten"),
+    ],
+    ("student/stream.py", "promise"): [
+        (
+            "backbone.stream, replace(cache)",
+            "backbone.stream, cache",
+            "a draft thrown away keeps the session's promise",
+        ),
+    ],
+    ("student/session_file.py", "promise"): [
+        ('if shape["promised"] else cache', "if False else cache", "the chunk promised at saving is lost"),
     ],
     ("student/online.py", "online"): [
         ("if found != FORMAT:", "if found is None:", "a folder of another format is read"),
