@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distill.contracts import Roles, Roll
 from distill.data.batch import Batch
+from student.history import CLEAN
 from student.promise import Cache
 from student.stream import denoise_chunk, remember_chunk
 from teacher.conditions import AUDIO_PER_LATENT, PAST, Conditions
@@ -46,7 +47,7 @@ def roll_self(batch: Batch, roles: Roles, cfg: Config) -> Roll:
         told, blank = _chunk(plan.cond, index, stream.chunk_frames)
         with torch.set_grad_enabled(torch.is_grad_enabled() and index >= plan.chunks - cfg.grad_chunks):
             x0 = denoise_chunk(student, told, cache, stream.steps, blank, noise, exit_step)
-        cache = remember_chunk(student, x0.detach(), told, cache, stream.history_noise, noise)
+        cache = remember_chunk(student, x0.detach(), told, cache, stream.history, noise)
         chunks.append(x0)
     return _scored(chunks, plan)
 
@@ -64,10 +65,10 @@ def roll_refine(batch: Batch, roles: Roles, cfg: Config) -> Roll:
         told, blank = _chunk(plan.cond, index, stream.chunk_frames)
         with torch.no_grad():
             draft = denoise_chunk(backbone, told, draft_cache, stream.steps[:-1], blank, noise)
-        draft_cache = remember_chunk(backbone, draft, told, draft_cache, stream.history_noise, noise)
+        draft_cache = remember_chunk(backbone, draft, told, draft_cache, stream.history, noise)
         with torch.set_grad_enabled(torch.is_grad_enabled() and index >= plan.chunks - cfg.grad_chunks):
             x0 = denoise_chunk(refiner, told, cache, stream.steps[-1:], draft, noise)
-        cache = remember_chunk(refiner, x0.detach(), told, cache, 0.0, noise)
+        cache = remember_chunk(refiner, x0.detach(), told, cache, CLEAN, noise)
         chunks.append(x0)
     return _scored(chunks, plan)
 

@@ -201,7 +201,7 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
             "refiner remembers the draft",
         ),
         (
-            "remember_chunk(backbone, draft, told, cache, config.history_noise, generator)",
+            "remember_chunk(backbone, draft, told, cache, config.history, generator)",
             "remember_chunk(backbone, draft, told, cache, 0.0, generator)",
             "backbone streams under clean history",
         ),
@@ -325,12 +325,7 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
             "all chunks carry gradient",
         ),
         (
-            "stream.history_noise, noise)\n"
-            "        chunks.append(x0)\n"
-            "    return _scored(chunks, plan)\n"
-            "\n"
-            "\n"
-            "def roll_refine",
+            "stream.history, noise)\n        chunks.append(x0)\n    return _scored(chunks, plan)\n\n\ndef roll_refine",
             "0.0, noise)\n        chunks.append(x0)\n    return _scored(chunks, plan)\n\n\ndef roll_refine",
             "training under clean history",
         ),

@@ -26,7 +26,7 @@ name: r
 scale: tiny
 stage: stage3
 model: {dim: 16, depth: 2, heads: 1, ffn_dim: 16, channels: 4, text_dim: 6, mels: 4, references: [global, expression]}
-student: {chunk_frames: 1, sink_chunks: 1, window_chunks: 1, steps: [1.0, 0.5], history_noise: 0.1}
+student: {chunk_frames: 1, sink_chunks: 1, window_chunks: 1, steps: [1.0, 0.5]}
 rollout: {kind: self, chunks: 3, grad_chunks: 2}
 phases:
   - {update: critic, every: 1, terms: {flow_matching: {role: critic}}}
