@@ -30,6 +30,14 @@ class Term:
     logs: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Clip:
+    """Clean latents [B, T, C, H, W] of the data and their own conditions."""
+
+    latents: Tensor | None
+    cond: Conditions
+
+
 class Replay(Protocol):
     """The backward pass of a rollout that was made without a graph: dL/dx0 -> `len` scalars, each to be differentiated
     before the next is asked for; together their gradients in the weights are those of the loss."""
@@ -57,7 +65,15 @@ class Roll:
     time: float | None = None
     first: Tensor | None = None
     replay: Replay | None = None
+    clip: Clip | None = None  # the batch's, where it is not `real` under `cond`
     logs: dict[str, Tensor] = field(default_factory=dict)
+
+    def data(self) -> Clip:
+        """A clip of the data, for terms that want one whatever x0 is."""
+        found = self.clip or Clip(self.target if self.real is None else self.real, self.cond)
+        if found.latents is None:
+            raise ValueError("This term needs the data's clip: a rollout over clips of the data set.")
+        return found
 
     def again(self) -> Iterator[Tensor]:
         """What is left to be differentiated, one after the other, once the loss is."""

@@ -19,7 +19,7 @@ from einops import repeat
 from torch import Tensor
 from torch.func import functional_call
 
-from distill.contracts import Roles, Roll
+from distill.contracts import Clip, Roles, Roll
 from distill.data.batch import Batch
 from teacher.draws import draw_rows
 from teacher.flow import add_noise, x0_from_v
@@ -101,7 +101,7 @@ def _step_per_chunk(states: Tensor, roles: Roles) -> tuple[Tensor, Tensor]:
 
 
 def teacher_forced(
-    batch: Batch, roles: Roles, xt: Tensor, t: Tensor, x0: Tensor, weights: dict[str, Tensor] | None = None
+    batch: Batch | Clip, roles: Roles, xt: Tensor, t: Tensor, x0: Tensor, weights: dict[str, Tensor] | None = None
 ) -> Roll:
     """The student's x0 at states xt, times t [B] or [B, T], every chunk under the past that clean x0 gives it; with
     `weights` as if those were the student's."""
@@ -111,7 +111,7 @@ def teacher_forced(
 
 
 def given_history(x0: Tensor, roles: Roles, t: Tensor) -> tuple[Tensor, Tensor]:
-    """(history like x0, its level [B] or [B, T]): clean x0 for half of the clips, as a stream remembers it for the others;
+    """(history like x0, its level [B] or [B, T]): clean x0 for half of the clips, else as a stream remembers it;
     t [B] or [B, T]: the time at which it will be looked at, the first frame's where the frames differ."""
     rows = roles.rows("rollout/history level")
     noisy = draw_rows(lambda n: torch.rand(n, generator=rows), len(x0), rows) < 0.5

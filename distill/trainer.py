@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from distill.balance import capped
 from distill.config import OptimConfig, Phase, Recipe, rollout_function, term_function
 from distill.contracts import Roles, Roll
 from distill.data.batch import Batch
@@ -197,13 +198,17 @@ class Trainer:
     def loss(self, roll: Roll, roles: Roles, phase: Phase, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the phase's terms, and every part of it under the name it has in the curves."""
         total, logs = torch.zeros((), device=self.engine.device), dict(roll.logs)
-        for spec in phase.terms:
+        for spec in sorted(phase.terms, key=lambda spec: spec.cap > 0):  # what is capped comes after what caps it
             term = self.terms[spec.name](roll, roles, spec.config)
             ramp = min(1.0, step / spec.ramp_steps) if spec.ramp_steps else 1.0
-            total = total + spec.weight * ramp * term.value
+            value = spec.weight * ramp * term.value
             name = spec.name if phase.update == self.product else f"{phase.update}_{spec.name}"
             logs[f"train/{name}"] = term.value.detach()
-            logs |= {f"train/{name}_{key}": value.detach() for key, value in term.logs.items()}
+            logs |= {f"train/{name}_{key}": entry.detach() for key, entry in term.logs.items()}
+            if spec.cap:
+                value, seen = capped(value, total, roll.x0, spec.cap)
+                logs |= {f"train/{name}_{key}": entry for key, entry in seen.items()}
+            total = total + value
         return total, logs
 
     def skip(self, step: int, role: str, logs: dict[str, float | Tensor]) -> None:

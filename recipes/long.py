@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from distill.contracts import Roles, Roll
+from distill.contracts import Clip, Roles, Roll
 from distill.data.batch import Batch
 from recipes.carried import Carried, keep, take, with_refs
 from recipes.self_forcing import longer
@@ -86,7 +86,17 @@ def roll_long(batch: Batch, roles: Roles, cfg: Config) -> Roll:
     replay = Replay(student, window, start, exit_step, noise, cfg.cross_chunk_grad) if learns else None
     logs = {"rollout/age": torch.tensor(float(cache.seen))}
     time, real = stream.steps[exit_step], batch.latents if fresh else None
-    return Roll(x0, scored, real=real, age=age, time=time, first=first, replay=replay, logs=logs)
+    return Roll(
+        x0,
+        scored,
+        real=real,
+        age=age,
+        time=time,
+        first=first,
+        replay=replay,
+        clip=Clip(batch.latents, batch.cond),
+        logs=logs,
+    )
 
 
 ROLLOUTS = {"long": (roll_long, Config)}

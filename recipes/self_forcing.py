@@ -49,7 +49,7 @@ def roll_self(batch: Batch, roles: Roles, cfg: Config) -> Roll:
             x0 = denoise_chunk(student, told, cache, stream.steps, blank, noise, exit_step)
         cache = remember_chunk(student, x0.detach(), told, cache, stream.history, noise)
         chunks.append(x0)
-    return _scored(chunks, plan)
+    return _scored(chunks, plan, stream.steps[exit_step])
 
 
 def roll_refine(batch: Batch, roles: Roles, cfg: Config) -> Roll:
@@ -70,7 +70,7 @@ def roll_refine(batch: Batch, roles: Roles, cfg: Config) -> Roll:
             x0 = denoise_chunk(refiner, told, cache, stream.steps[-1:], draft, noise)
         cache = remember_chunk(refiner, x0.detach(), told, cache, CLEAN, noise)
         chunks.append(x0)
-    return _scored(chunks, plan)
+    return _scored(chunks, plan, stream.steps[-1])
 
 
 ROLLOUTS = {"self": roll_self, "refine": roll_refine}
@@ -120,9 +120,11 @@ def _chunk(cond: Conditions, index: int, size: int) -> tuple[Conditions, Tensor]
     return cond.frames(index * size, (index + 1) * size), blank
 
 
-def _scored(chunks: list[Tensor], plan: _Plan) -> Roll:
+def _scored(chunks: list[Tensor], plan: _Plan, time: float) -> Roll:
     x0 = torch.cat(chunks, 1)[:, -plan.clip :]
     total = sum(chunk.shape[1] for chunk in chunks)
     size = chunks[0].shape[1]
     age = torch.arange(total - plan.clip, total, device=x0.device) // size
-    return Roll(x0, plan.cond.frames(total - plan.clip, total), real=plan.real, age=age)
+    return Roll(
+        x0, plan.cond.frames(total - plan.clip, total), real=plan.real, age=age, time=time, first=chunks[0].detach()
+    )

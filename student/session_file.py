@@ -11,7 +11,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -32,7 +32,7 @@ TOLD = ("speak", "listen", "text", "text_mask")  # conditions of a promised chun
 
 def save(session: Session, folder: Path) -> Path:
     """folder/session.safetensors; returns the folder."""
-    caches: dict[str, dict[str, int]] = {}
+    caches: dict[str, dict[str, Any]] = {}
     facts = {
         "version": VERSION,
         "model": session.model.fingerprint(),
@@ -58,9 +58,10 @@ def save(session: Session, folder: Path) -> Path:
             told = {field: getattr(cache.cond, field) for field in TOLD}
             tensors |= {f"{name}.promise.{what}": x for what, x in {"x": cache.x, "t": cache.t, **told}.items()}
             cache = cache.before
-        shape = {"sink": len(cache.sink), "window": len(cache.window), "seen": cache.seen}
-        caches[name] = {**shape, "promised": promised}
-        for step, one in enumerate((cache, *cache.later)):
+        every = (cache, *cache.later)
+        shapes = [{"sink": len(one.sink), "window": len(one.window)} for one in every]
+        caches[name] = {"seen": cache.seen, "steps": shapes, "promised": promised}
+        for step, one in enumerate(every):
             for place, chunks in (("sink", one.sink), ("window", one.window)):
                 for number, chunk in enumerate(chunks):
                     for layer, (k, v) in enumerate(chunk):
@@ -106,7 +107,8 @@ def resume(model: OnlineLPM, folder: Path) -> Session:
         for step, one in enumerate((blank, *blank.later)):
             parts = {
                 place: tuple(
-                    _chunk(tensors, f"{name}.{step}.{place}.{number}", depth) for number in range(shape[place])
+                    _chunk(tensors, f"{name}.{step}.{place}.{number}", depth)
+                    for number in range(shape["steps"][step][place])
                 )
                 for place in ("sink", "window")
             }

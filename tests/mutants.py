@@ -325,8 +325,9 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
             "all chunks carry gradient",
         ),
         (
-            "stream.history, noise)\n        chunks.append(x0)\n    return _scored(chunks, plan)\n\n\ndef roll_refine",
-            "0.0, noise)\n        chunks.append(x0)\n    return _scored(chunks, plan)\n\n\ndef roll_refine",
+            "stream.history, noise)\n        chunks.append(x0)\n"
+            "    return _scored(chunks, plan, stream.steps[exit_step])",
+            "CLEAN, noise)\n        chunks.append(x0)\n    return _scored(chunks, plan, stream.steps[exit_step])",
             "training under clean history",
         ),
         (

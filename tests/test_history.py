@@ -194,7 +194,7 @@ def test_cached_rollout_equals_full_forward_with_every_sink_and_position(sink: S
 def test_absolute_positions_count_from_the_beginning_of_the_stream() -> None:
     cache = small_student(config(window_chunks=2, positions="absolute")).start(conditions(2))
     for _ in range(9):
-        cache = cache.push(chunk_of(0.0))
+        cache = cache.push(2 * chunk_of(0.0))  # of two layers
     starts = [int(kv.positions[0, 0]) for kv in cache.context()[0] if kv.positions[0, 0] >= 0]
     assert starts == [0, 14, 16] and int(cache.positions()[0, 0]) == 18
 

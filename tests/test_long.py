@@ -102,7 +102,7 @@ def test_late_chunks_count_more_for_every_term_alike() -> None:
         probe = latents(4, seed=8)
         if not late:
             assert roll.age is not None and roll.age.tolist() == [2, 2, 3, 3]
-            probe = probe * (1 + 3.0 * roll.age / 10)[:, None, None, None]
+            probe = probe * (1 + 3.0 * roll.age.double() / 10)[:, None, None, None]
         backward(roll, probe)
         grads.append(gradients(roles.models["student"]))
     for plain, weighted in zip(*grads, strict=True):
@@ -131,7 +131,8 @@ def test_audio_and_text_change_in_mid_run_and_audio_joins_without_a_gap() -> Non
     taken = long.take(at_step(roles, 1), second, roles.causal("student"), 8)
     assert taken is not None
     told = long.conditions_of(second, taken, at_step(roles, 1), 4)
-    assert torch.equal(told[0].speak[:, :HEARD], first.cond.speak[:, -HEARD:])  # the past is what was heard
+    own = 4 * AUDIO_PER_LATENT  # of the clip, shorter than the past
+    assert torch.equal(told[0].speak[:, HEARD - own : HEARD], first.cond.speak[:, -own:])  # the past is what was heard
     for before, after in zip(told, told[1:], strict=False):
         assert torch.equal(before.speak[:, -HEARD:], after.speak[:, :HEARD])
     neighbor = second.cond.text.roll(1, 0)
