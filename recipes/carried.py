@@ -9,6 +9,7 @@ references are not kept: they are made again, with the weights of the day, as th
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,9 +62,9 @@ def take(roles: Roles, batch: Batch, student: CausalDiT, oldest: int) -> Carried
     blank, seen = student.start(cond), int(stored["seen"][0])
     caches = []
     for step, cache in enumerate((blank, *blank.later)):
-        parts = {place: _chunks(stored, f"{place}.{step}.") for place in PLACES}
+        parts: dict[str, Any] = {place: _chunks(stored, f"{place}.{step}.") for place in PLACES}
         caches.append(replace(cache, seen=seen, later=(), **parts))
-    who = {name: stored[name] for name in WHO}
+    who: dict[str, Any] = {name: stored[name] for name in WHO}
     return Carried(replace(caches[0], later=tuple(caches[1:])), **who)
 
 

@@ -28,7 +28,9 @@ from recipes.carried import Carried, keep, take, with_refs
 from recipes.self_forcing import longer
 from student.causal_dit import CausalDiT
 from student.kv_cache import KVCache
+from student.promise import Cache
 from student.stream import denoise_chunk, evaluate, remember_chunk, write_chunk
+from teacher.attention import KV
 from teacher.conditions import AUDIO_PER_LATENT, PAST, Conditions
 from teacher.draws import RowGenerator
 
@@ -36,7 +38,7 @@ from teacher.draws import RowGenerator
 @dataclass(frozen=True)
 class Config:
     chunks: int = 8  # new ones per update
-    grad_chunks: int = 4  # the last ones that carry gradient
+    grad_chunks: int = 4  # the last ones that carry gradient, the window's at most
     max_chunks: int = 64  # of a stream; then it begins anew
     cross_chunk_grad: bool = False
     late: float = 0.0  # how much more than the first chunk the one of age max_chunks counts
@@ -57,7 +59,7 @@ def roll_long(batch: Batch, roles: Roles, cfg: Config) -> Roll:
         raise ValueError(f"rollout.chunks {cfg.chunks} is shorter than the clip, which has {clip // size} chunks.")
     noise = roles.rows("rollout/noise")
     exit_step = int(torch.randint(len(stream.steps), (), generator=roles.generator("rollout/exit", shared=True)))
-    learns = torch.is_grad_enabled()
+    learns, begin = torch.is_grad_enabled(), cfg.chunks - min(cfg.grad_chunks, clip // size)
     with torch.no_grad():
         before = take(roles, batch, student, cfg.max_chunks - cfg.chunks)
         fresh = before is None
@@ -68,12 +70,12 @@ def roll_long(batch: Batch, roles: Roles, cfg: Config) -> Roll:
         window: list[_Again] = []
         start = cache
         for index, cond in enumerate(told):
-            if index == cfg.chunks - cfg.grad_chunks:
+            if index == begin:
                 start = cache
             trace: list[Tensor] = []
             blank = cond.refs.new_zeros(len(cond.refs), size, *cond.refs.shape[2:])
             x0 = denoise_chunk(student, cond, cache, stream.steps, blank, noise, exit_step, trace)
-            if learns and index >= cfg.chunks - cfg.grad_chunks:
+            if learns and index >= begin:
                 weight = 1 + cfg.late * min(cache.seen / cfg.max_chunks, 1.0)
                 window.append(_Again(cond, trace[-1], x0, noise.get_state(), weight))
             cache = _kept(remember_chunk(student, x0, cond, cache, stream.history, noise))
@@ -146,7 +148,7 @@ class Replay:
             cache = _kept(write_chunk(self.student, x0, chunk.cond, cache, self.student.stream.history, self.noise))
         return total
 
-    def _refs(self):
+    def _refs(self) -> list[list[KV]]:
         """References learn too: their keys and values are made again in every graph."""
         return self.student.dit.encode_refs(self.window[0].cond)
 
@@ -216,7 +218,7 @@ def _heard(cond: Conditions) -> tuple[Tensor, Tensor]:
     return cond.speak[:, -past:], cond.listen[:, -past:]
 
 
-def _kept(cache) -> KVCache:
+def _kept(cache: Cache) -> KVCache:
     """Networks that learn promise nothing: they write at once."""
     assert isinstance(cache, KVCache)
     return cache

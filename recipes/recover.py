@@ -17,6 +17,7 @@ import torch
 
 from distill.contracts import Roles, Roll, Term
 from student.history import History
+from student.promise import Cache
 from student.stream import denoise_chunk, remember_chunk
 from teacher.flow import add_noise, sample_time, velocity
 
@@ -50,7 +51,8 @@ def term(roll: Roll, roles: Roles, cfg: Config) -> Term:
         raise ValueError(f"recover.chunks {cfg.chunks} needs clips of {cfg.chunks + 2} chunks, the data has {chunks}.")
     # Where the true chunk stands in the clip, alike in all processes.
     begin = int(torch.randint(chunks - cfg.chunks - 1, (), generator=roles.generator("recover/begin", shared=True)))
-    noise, cache = roles.rows("recover/noise"), student.start(clip.cond)
+    noise = roles.rows("recover/noise")
+    cache: Cache = student.start(clip.cond)
     with torch.no_grad():
         for index in range(begin, begin + cfg.chunks + 1):
             told, real = clip.cond.frames(index * size, (index + 1) * size), x0[:, index * size : (index + 1) * size]

@@ -73,6 +73,6 @@ CLEAN = History("clean")
 def blurred(x: Tensor, factor: int) -> Tensor:
     """[B, T, C, H, W] without what is finer than `factor` latent pixels: averaged, then interpolated back."""
     flat = x.flatten(0, 1)
-    size = [max(1, side // factor) for side in flat.shape[-2:]]
+    size = (max(1, flat.shape[-2] // factor), max(1, flat.shape[-1] // factor))
     coarse = F.interpolate(F.adaptive_avg_pool2d(flat, size), flat.shape[-2:], mode="bilinear")
     return coarse.unflatten(0, x.shape[:2])

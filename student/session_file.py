@@ -105,7 +105,7 @@ def resume(model: OnlineLPM, folder: Path) -> Session:
         blank: KVCache = getattr(session, name)
         filled = []
         for step, one in enumerate((blank, *blank.later)):
-            parts = {
+            parts: dict[str, Any] = {
                 place: tuple(
                     _chunk(tensors, f"{name}.{step}.{place}.{number}", depth)
                     for number in range(shape["steps"][step][place])

@@ -71,10 +71,13 @@ def write_chunk(
 ) -> Cache:
     """The same with the gradient of x0, for those who want it to flow from chunk to chunk."""
     if isinstance(cache, KVCache) and history.kind == "matched":
-        eps, caches = gaussian(x0, generator), []  # one noise: the levels lie on one path
+        eps = gaussian(x0, generator)  # one noise: the levels lie on one path
+        caches: list[KVCache] = []
         for index, step in enumerate(model.stream.steps):
             t = torch.full((len(x0),), step, dtype=torch.float64, device=x0.device)
-            caches.append(model.remember(add_noise(x0, eps, t), t, cond, cache.at(index)))
+            written = model.remember(add_noise(x0, eps, t), t, cond, cache.at(index))
+            assert isinstance(written, KVCache)  # see CausalDiT.streaming
+            caches.append(written)
         return replace(caches[0], later=tuple(caches[1:]))
     return model.remember(*history.spoiled(x0, generator), cond, cache)
 

@@ -232,6 +232,7 @@ train: {steps: 6, batch_size: 2, grad_accumulation: 2, ema: 0.9, save_every: 3, 
 
 
 def trainer(folder: Path, *overrides: str) -> Trainer:
+    (folder / "run").mkdir(exist_ok=True)
     (folder / "r.yaml").write_text(RECIPE)
     recipe = config.load(folder / "r.yaml", overrides)
     models: dict[str, nn.Module] = {
