@@ -23,6 +23,7 @@ STAGES = ("teacher", "ar-teacher", "trajectories", "stage1", "stage2", "stage3",
 SCALES = ("tiny", "1.3b", "17b")
 ROLES = ("teacher", "student", "critic", "refiner")
 VARIANTS = ("quick", "smoke")
+COMMON = ("weight", "ramp_steps", "cap")  # of every term
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class TermSpec:
     name: str
     weight: float = 1.0
     ramp_steps: int = bounded(0, 0)
+    cap: float = bounded(0.0, 0.0)  # largest share of the other terms' gradient in the samples; 0 = no limit
     config: Any = None
     source: str = ""  # the path of a file outside the repository
 
@@ -295,9 +297,9 @@ def _term(name: str, block: Any, path: KeyPath, report: Report) -> TermSpec | No
     if not isinstance(block, dict):
         report.add(path, f"a mapping is needed here, this is {block!r}")
         return None
-    common = {key: block[key] for key in ("weight", "ramp_steps") if key in block}
+    common = {key: block[key] for key in COMMON if key in block}
     rest = {key: value for key, value in block.items() if key not in common}
-    config = _config(module.Config, rest, path, report, ("weight", "ramp_steps"))
+    config = _config(module.Config, rest, path, report, COMMON)
     return build(TermSpec, {"name": name, **common, "config": config, "source": source}, path, report)
 
 
@@ -380,7 +382,8 @@ def _plain(value: Any) -> Any:
         terms = {term.name: _plain(term) for term in value.terms}
         return {"update": value.update, "every": value.every, "terms": terms}
     if isinstance(value, TermSpec):
-        return {"weight": value.weight, "ramp_steps": value.ramp_steps, **(_plain(value.config) or {})}
+        cap = {"cap": value.cap} if value.cap else {}
+        return {"weight": value.weight, "ramp_steps": value.ramp_steps, **cap, **(_plain(value.config) or {})}
     if is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.init}
     if isinstance(value, dict):

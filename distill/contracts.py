@@ -6,8 +6,9 @@ see the networks through `Roles`, which also hands out every random number.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +31,30 @@ class Term:
 
 
 @dataclass(frozen=True)
+class Clip:
+    """Clean latents [B, T, C, H, W] of the data and their own conditions."""
+
+    latents: Tensor | None
+    cond: Conditions
+
+
+class Replay(Protocol):
+    """The backward pass of a rollout that was made without a graph: dL/dx0 -> `len` scalars, each to be differentiated
+    before the next is asked for; together their gradients in the weights are those of the loss."""
+
+    def __len__(self) -> int: ...
+
+    def __call__(self, gradient: Tensor) -> Iterator[Tensor]: ...
+
+
+@dataclass(frozen=True)
 class Roll:
     """Samples that terms speak about.
 
     x0 [B, T, C, H, W]: clean latents, the student's (with its graph, in a phase that trains it) or the data's.
     target: what x0 should have been, where that is known. real: the data's clip under the same conditions. age [T]:
-    chunk number of every frame since its stream began.
+    chunk number of every frame since its stream began. time: that of the evaluation which made x0. first [B, K, ...]:
+    the first chunk of the stream, of which x0 is a later part. replay: where x0 is a leaf, the rest of the way back.
     """
 
     x0: Tensor
@@ -43,7 +62,26 @@ class Roll:
     target: Tensor | None = None
     real: Tensor | None = None
     age: Tensor | None = None
+    time: float | None = None
+    first: Tensor | None = None
+    replay: Replay | None = None
+    clip: Clip | None = None  # the batch's, where it is not `real` under `cond`
     logs: dict[str, Tensor] = field(default_factory=dict)
+
+    def data(self) -> Clip:
+        """A clip of the data, for terms that want one whatever x0 is."""
+        found = self.clip or Clip(self.target if self.real is None else self.real, self.cond)
+        if found.latents is None:
+            raise ValueError("This term needs the data's clip: a rollout over clips of the data set.")
+        return found
+
+    def again(self) -> Iterator[Tensor]:
+        """What is left to be differentiated, one after the other, once the loss is."""
+        if self.replay is None:
+            return iter(())
+        if self.x0.grad is None:
+            raise ValueError("A rollout that is replayed needs a term that looks at its samples.")
+        return self.replay(self.x0.grad)
 
 
 @dataclass
@@ -57,6 +95,7 @@ class Roles:
     trajectories: Any = None
     origins: dict[str, Any] = field(default_factory=dict)  # of networks made empty: what fills them (distill.roles)
     average: dict[str, Tensor] | None = None  # moving average of what the stage trains, by parameter; the trainer's
+    carried: dict[str, Tensor] = field(default_factory=dict)  # what a rollout leaves for the next step, [B, ...] each
     key: tuple[int | str, ...] = (0, 0)  # (seed, rank, step, micro-step, phase), set by the trainer
     processes: int = 1  # that share a batch
     whole: Conditions | None = None  # conditions of the whole batch, of which rank r has the r-th part; None = its own

@@ -229,6 +229,11 @@ def update(recipe: Recipe, roles: Roles, index: int, optimizer: torch.optim.Opti
         loss = sum(term.weight * term_function(term.name)(roll, roles, term.config).value for term in phase.terms)
     assert isinstance(loss, torch.Tensor)
     loss.backward()
+    again = roll.again()
+    for _ in range(0 if roll.replay is None else len(roll.replay)):
+        with torch.autocast(device, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
+            part = next(again)
+        part.backward()
     nn.utils.clip_grad_norm_(roles.models[phase.update].parameters(), recipe.train.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

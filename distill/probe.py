@@ -267,5 +267,7 @@ def _update(recipe: Recipe, clip: Clip, roles: Roles, phase: Phase, meter: Meter
     if recipe.model.checkpoint_blocks:
         own.cast = None  # the backward pass makes them again, block by block
     total.backward()
+    for part in roll.again():
+        part.backward()
     own.cast = own.gradients = None
     return Step(phase.update, tuple(call for model in roles.models.values() for call in shadow_of(model).calls))

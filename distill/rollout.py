@@ -19,7 +19,7 @@ from einops import repeat
 from torch import Tensor
 from torch.func import functional_call
 
-from distill.contracts import Roles, Roll
+from distill.contracts import Clip, Roles, Roll
 from distill.data.batch import Batch
 from teacher.draws import draw_rows
 from teacher.flow import add_noise, x0_from_v
@@ -93,24 +93,30 @@ def _step_per_chunk(states: Tensor, roles: Roles) -> tuple[Tensor, Tensor]:
     size, steps = roles.stream.chunk_frames, torch.tensor(roles.stream.steps, dtype=torch.float64)
     chunks = states.shape[2] // size
     rows = roles.rows("rollout/steps")
-    choice = draw_rows(lambda n: torch.randint(len(steps), (n, chunks), generator=rows), len(states), rows)
-    choice = repeat(choice, "b i -> b (i k)", k=size)
+    # A history of the step's own noise level asks for one step in the whole clip.
+    drawn = 1 if roles.stream.history.kind == "matched" else chunks
+    choice = draw_rows(lambda n: torch.randint(len(steps), (n, drawn), generator=rows), len(states), rows)
+    choice = repeat(choice, "b i -> b (i k)", k=size * chunks // drawn)
     return choice, steps[choice].to(states.device)
 
 
 def teacher_forced(
-    batch: Batch, roles: Roles, xt: Tensor, t: Tensor, x0: Tensor, weights: dict[str, Tensor] | None = None
+    batch: Batch | Clip, roles: Roles, xt: Tensor, t: Tensor, x0: Tensor, weights: dict[str, Tensor] | None = None
 ) -> Roll:
     """The student's x0 at states xt, times t [B] or [B, T], every chunk under the past that clean x0 gives it; with
     `weights` as if those were the student's."""
-    student, given = roles.causal("student"), (xt, t, batch.cond, *given_history(x0, roles))
+    student, given = roles.causal("student"), (xt, t, batch.cond, *given_history(x0, roles, t))
     v = student(*given) if weights is None else functional_call(student, weights, given)
     return Roll(x0_from_v(xt, v, t), batch.cond, target=x0, real=batch.latents)
 
 
-def given_history(x0: Tensor, roles: Roles) -> tuple[Tensor, Tensor]:
-    """(history like x0, its level [B]): clean x0 for half of the clips, at the stream's history noise for the rest."""
+def given_history(x0: Tensor, roles: Roles, t: Tensor) -> tuple[Tensor, Tensor]:
+    """(history like x0, its level [B] or [B, T]): clean x0 for half of the clips, else as a stream remembers it;
+    t [B] or [B, T]: the time at which it will be looked at, the first frame's where the frames differ."""
     rows = roles.rows("rollout/history level")
     noisy = draw_rows(lambda n: torch.rand(n, generator=rows), len(x0), rows) < 0.5
-    t_hist = (noisy.double() * roles.stream.history_noise).to(x0.device)
-    return add_noise(x0, roles.noise(x0, "rollout/history"), t_hist), t_hist
+    step = t if t.ndim == 1 else t[:, 0]
+    hist, t_hist = roles.stream.history.spoiled(x0, roles.rows("rollout/history"), step)
+    noisy = noisy.to(x0.device)
+    hist = torch.where(noisy[:, None, None, None, None], hist, x0)
+    return hist, torch.where(noisy if t_hist.ndim == 1 else noisy[:, None], t_hist, 0.0)

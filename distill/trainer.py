@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from distill.balance import capped
 from distill.config import OptimConfig, Phase, Recipe, rollout_function, term_function
 from distill.contracts import Roles, Roll
 from distill.data.batch import Batch
@@ -156,7 +157,7 @@ class Trainer:
             with engine.autocast():
                 roll = self.roll(batch, roles, phase)
                 loss, parts = self.loss(roll, roles, phase, step)
-            engine.backward(phase.update, loss / train.grad_accumulation, micro + 1 == train.grad_accumulation)
+            self.backward(phase.update, loss / train.grad_accumulation, roll, micro + 1 == train.grad_accumulation)
             for name, value in parts.items():
                 logs[name] = logs.get(name, 0.0) + value / train.grad_accumulation
         norm = engine.clip(phase.update, train.clip)
@@ -177,6 +178,20 @@ class Trainer:
             "optim/skipped": float(self.skipped),
         }
 
+    def backward(self, role: str, loss: Tensor, roll: Roll, last: bool) -> None:
+        """Gradients of the loss; what was rolled out without a graph is run again in parts, one graph at a time."""
+        parts = 0 if roll.replay is None else len(roll.replay)
+        if parts and not self.engine.replays:
+            raise UserError(
+                "ZeRO cannot replay the rollout `long`: take recipes/accelerate/fsdp2.yaml, or rollout.kind self."
+            )
+        self.engine.backward(role, loss, last and not parts)
+        again = roll.again()
+        for number in range(1, parts + 1):
+            with self.engine.autocast():
+                part = next(again)
+            self.engine.backward(role, part, last and number == parts)
+
     def roll(self, batch: Batch, roles: Roles, phase: Phase) -> Roll:
         """The recipe's rollout; the critic learns from samples that carry no graph."""
         spec = self.recipe.rollout
@@ -187,18 +202,23 @@ class Trainer:
     def loss(self, roll: Roll, roles: Roles, phase: Phase, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the phase's terms, and every part of it under the name it has in the curves."""
         total, logs = torch.zeros((), device=self.engine.device), dict(roll.logs)
-        for spec in phase.terms:
+        for spec in sorted(phase.terms, key=lambda spec: spec.cap > 0):  # what is capped comes after what caps it
             term = self.terms[spec.name](roll, roles, spec.config)
             ramp = min(1.0, step / spec.ramp_steps) if spec.ramp_steps else 1.0
-            total = total + spec.weight * ramp * term.value
+            value = spec.weight * ramp * term.value
             name = spec.name if phase.update == self.product else f"{phase.update}_{spec.name}"
             logs[f"train/{name}"] = term.value.detach()
-            logs |= {f"train/{name}_{key}": value.detach() for key, value in term.logs.items()}
+            logs |= {f"train/{name}_{key}": entry.detach() for key, entry in term.logs.items()}
+            if spec.cap:
+                value, seen = capped(value, total, roll.x0, spec.cap)
+                logs |= {f"train/{name}_{key}": entry for key, entry in seen.items()}
+            total = total + value
         return total, logs
 
     def skip(self, step: int, role: str, logs: dict[str, float | Tensor]) -> None:
         """Count an update that was not made; stop when it keeps happening."""
         self.skipped += 1
+        self.roles.carried.clear()  # a stream that broke begins anew, in all processes
         self.skipped_in_row[role] += 1
         self.run.say(f"step {step}: the {role}'s loss or gradient is not finite, update skipped")
         for name in [name for name, value in logs.items() if not math.isfinite(float(value))]:
@@ -223,13 +243,17 @@ class Trainer:
             "pending": self.pending,
         }
         root, keep = self.run.checkpoints, self.recipe.train.keep
-        return store.save(self.engine, root, self.step, self.trained, self.product, self.ema, meta, keep, progress)
+        carried = self.roles.carried
+        return store.save(
+            self.engine, root, self.step, self.trained, self.product, self.ema, meta, keep, progress, carried=carried
+        )
 
     def resume(self) -> None:
         """Take up the newest whole checkpoint of this stage, if there is one."""
         found = store.load(self.engine, self.run.checkpoints, self.trained, self.product, self.ema, self.run.say)
         if found is None:
             return
+        self.roles.carried.update(store.carried(self.engine, found))
         self.step, self.skipped = found.progress["step"], found.progress["skipped"]
         self.skipped_in_row |= found.progress.get("in_row", {})
         self.pending = found.progress.get("pending", {})

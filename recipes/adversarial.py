@@ -12,13 +12,13 @@ The head is a part of the critic (`heads`, see distill/roles.py): trained, saved
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.contracts import Roles, Roll, Term
+from distill.contracts import Clip, Roles, Roll, Term
 from teacher.dit import DiT, DiTConfig
 from teacher.flow import add_noise, sample_time
 from teacher.rope import grid_positions
@@ -62,9 +62,10 @@ def term(roll: Roll, roles: Roles, cfg: Config) -> Term:
     if cfg.role != "critic":
         fake = logits(roll.x0, "fake", roll, roles, cfg)
         return Term(F.softplus(-fake).mean(), {"logit": fake.mean()})
-    if roll.real is None:
+    clip = roll.clip or Clip(roll.real, roll.cond)  # of a stream with another character the batch's own
+    if clip.latents is None:
         raise ValueError("adversarial needs real latents: a rollout over clips of the data set.")
-    real = logits(roll.real, "real", roll, roles, cfg)
+    real = logits(clip.latents, "real", replace(roll, cond=clip.cond), roles, cfg)
     fake = logits(roll.x0.detach(), "fake", roll, roles, cfg)
     right = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
     return Term(F.softplus(-real).mean() + F.softplus(fake).mean(), {"accuracy": right})

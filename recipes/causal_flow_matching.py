@@ -41,6 +41,6 @@ def term(roll: Roll, roles: Roles, cfg: Config) -> Term:
     t = repeat(t, "b i -> b (i k)", k=size).to(x0.device)  # [B, T]
     eps = roles.noise(x0, "causal_flow_matching/noise")
     cond = cfg.dropped(roll.cond, roles.rows("causal_flow_matching/drop"))
-    past = given_history(x0, roles) if cfg.forcing == "teacher" else ()
+    past = given_history(x0, roles, t) if cfg.forcing == "teacher" else ()
     v = roles.causal("student")(add_noise(x0, eps, t), t, cond, *past)
     return Term((v - velocity(x0, eps)).square().mean())

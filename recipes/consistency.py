@@ -15,6 +15,9 @@ Its mean given what the student sees is the causal flow. `velocity: teacher` tak
 variance, but a bidirectional teacher hears about the past through noisy frames alone while the student sees it clean,
 so the student learns to trust its history too little (measured in docs/OBJECTIVES.md); with a single chunk, or a
 teacher whose past is clean too, it is exact.
+
+Beside an on-policy objective (`kept: {}`, small weight) it makes such pairs from the batch's clip: a forward divergence
+that holds on to the motion which reverse KL on the student's own history lets go.
 """
 
 from __future__ import annotations
@@ -25,22 +28,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from distill.contracts import Roles, Roll, Term
+from distill.contracts import Clip, Roles, Roll, Term
 from distill.data.batch import Batch
 from distill.rollout import teacher_forced
 from teacher.conditions import Conditions
 from teacher.draws import draw_rows
 from teacher.flow import add_noise, per_frame, schedule, velocity
 from teacher.guidance import Guidance, guided_velocity
-
-
-@dataclass(frozen=True)
-class Config:
-    huber: float = 0.01  # c: below this a difference counts quadratically
-
-    def __post_init__(self):
-        if self.huber <= 0:
-            raise ValueError("huber must be above 0")
 
 
 @dataclass(frozen=True)
@@ -60,16 +54,28 @@ class RollConfig:
             raise ValueError(f"target {self.target!r} must be student or average")
 
 
+@dataclass(frozen=True)
+class Config:
+    huber: float = 0.01  # c: below this a difference counts quadratically
+    kept: RollConfig | None = None  # on a rollout without a target: a pair of its own, made so
+
+    def __post_init__(self):
+        if self.huber <= 0:
+            raise ValueError("huber must be above 0")
+
+
 def term(roll: Roll, roles: Roles, cfg: Config) -> Term:
     """Pseudo-Huber distance between the student's two predictions."""
+    if roll.target is None and cfg.kept is not None:
+        roll = roll_consistency(roll.data(), roles, cfg.kept)
     if roll.target is None:
-        raise ValueError("consistency needs a rollout with a target: rollout.kind consistency.")
+        raise ValueError("consistency needs a rollout with a target (rollout.kind consistency), or `kept`.")
     gap = rearrange(roll.x0 - roll.target, "b (i k) c h w -> b i (k c h w)", k=roles.stream.chunk_frames)
     squared = gap.square().mean(-1)  # [B, chunks]
     return Term(((squared + cfg.huber**2).sqrt() - cfg.huber).mean(), {"gap": squared.mean().sqrt()})
 
 
-def roll_consistency(batch: Batch, roles: Roles, cfg: RollConfig) -> Roll:
+def roll_consistency(batch: Batch | Clip, roles: Roles, cfg: RollConfig) -> Roll:
     """The student's x0 at one time of the grid, and as target its x0 one Euler step further down."""
     x0 = batch.latents
     assert x0 is not None

@@ -55,7 +55,7 @@ def term(roll: Roll, roles: Roles, cfg: Config) -> Term:
     x0 = roll.x0.detach()
     t, r = draw_times(len(x0), roles, cfg)
     t, r = t.to(x0.device), r.to(x0.device)
-    eps, past = roles.noise(x0, "flow_map/noise"), given_history(x0, roles)
+    eps, past = roles.noise(x0, "flow_map/noise"), given_history(x0, roles, t)
     xt = add_noise(x0, eps, t)
     with torch.no_grad():
         v = path_velocity(x0, eps, xt, t, roll.cond, roles, cfg)

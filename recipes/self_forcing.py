@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distill.contracts import Roles, Roll
 from distill.data.batch import Batch
+from student.history import CLEAN
 from student.promise import Cache
 from student.stream import denoise_chunk, remember_chunk
 from teacher.conditions import AUDIO_PER_LATENT, PAST, Conditions
@@ -46,9 +47,9 @@ def roll_self(batch: Batch, roles: Roles, cfg: Config) -> Roll:
         told, blank = _chunk(plan.cond, index, stream.chunk_frames)
         with torch.set_grad_enabled(torch.is_grad_enabled() and index >= plan.chunks - cfg.grad_chunks):
             x0 = denoise_chunk(student, told, cache, stream.steps, blank, noise, exit_step)
-        cache = remember_chunk(student, x0.detach(), told, cache, stream.history_noise, noise)
+        cache = remember_chunk(student, x0.detach(), told, cache, stream.history, noise)
         chunks.append(x0)
-    return _scored(chunks, plan)
+    return _scored(chunks, plan, stream.steps[exit_step])
 
 
 def roll_refine(batch: Batch, roles: Roles, cfg: Config) -> Roll:
@@ -64,12 +65,12 @@ def roll_refine(batch: Batch, roles: Roles, cfg: Config) -> Roll:
         told, blank = _chunk(plan.cond, index, stream.chunk_frames)
         with torch.no_grad():
             draft = denoise_chunk(backbone, told, draft_cache, stream.steps[:-1], blank, noise)
-        draft_cache = remember_chunk(backbone, draft, told, draft_cache, stream.history_noise, noise)
+        draft_cache = remember_chunk(backbone, draft, told, draft_cache, stream.history, noise)
         with torch.set_grad_enabled(torch.is_grad_enabled() and index >= plan.chunks - cfg.grad_chunks):
             x0 = denoise_chunk(refiner, told, cache, stream.steps[-1:], draft, noise)
-        cache = remember_chunk(refiner, x0.detach(), told, cache, 0.0, noise)
+        cache = remember_chunk(refiner, x0.detach(), told, cache, CLEAN, noise)
         chunks.append(x0)
-    return _scored(chunks, plan)
+    return _scored(chunks, plan, stream.steps[-1])
 
 
 ROLLOUTS = {"self": roll_self, "refine": roll_refine}
@@ -119,9 +120,11 @@ def _chunk(cond: Conditions, index: int, size: int) -> tuple[Conditions, Tensor]
     return cond.frames(index * size, (index + 1) * size), blank
 
 
-def _scored(chunks: list[Tensor], plan: _Plan) -> Roll:
+def _scored(chunks: list[Tensor], plan: _Plan, time: float) -> Roll:
     x0 = torch.cat(chunks, 1)[:, -plan.clip :]
     total = sum(chunk.shape[1] for chunk in chunks)
     size = chunks[0].shape[1]
     age = torch.arange(total - plan.clip, total, device=x0.device) // size
-    return Roll(x0, plan.cond.frames(total - plan.clip, total), real=plan.real, age=age)
+    return Roll(
+        x0, plan.cond.frames(total - plan.clip, total), real=plan.real, age=age, time=time, first=chunks[0].detach()
+    )

@@ -32,7 +32,7 @@ def card(
 
 A causal, few-step, streaming character: {len(stream.steps) - 1} backbone evaluations and 1 of the refiner per chunk
 of {seconds:g} s, no guidance, {stream.sink_chunks} sink and {stream.window_chunks} window chunks of history, steps
-{list(stream.steps)}, history noise {stream.history_noise}.
+{list(stream.steps)}, history {stream.history.kind}, noise {stream.history.noise}.
 
 ```python
 from student.online import OnlineLPM

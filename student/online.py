@@ -145,7 +145,7 @@ class OnlineLPM(nn.Module):
             place = Path(snapshot_download(folder, **download))
         config = _read_config(place)
         nets = []
-        told = StreamConfig(**{**config["stream"], "steps": tuple(config["stream"]["steps"])})
+        told = StreamConfig.read(config["stream"])
         for name in ("backbone", "refiner")[: 1 + told.refined]:
             dit = DiT(config_from(config["model"]))
             path = place / f"{name}.safetensors"
@@ -183,7 +183,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         found = config.get("format", FORMAT)
         if found != FORMAT:
             raise ValueError(f"{path} is of format {found}, this version reads {FORMAT}.")
-        config_from(config["model"]), StreamConfig(**config["stream"])
+        config_from(config["model"]), StreamConfig.read(config["stream"])
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"{path} is no JSON object ({error}).") from None
     except (KeyError, TypeError) as error:

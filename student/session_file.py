@@ -11,7 +11,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -32,7 +32,7 @@ TOLD = ("speak", "listen", "text", "text_mask")  # conditions of a promised chun
 
 def save(session: Session, folder: Path) -> Path:
     """folder/session.safetensors; returns the folder."""
-    caches: dict[str, dict[str, int]] = {}
+    caches: dict[str, dict[str, Any]] = {}
     facts = {
         "version": VERSION,
         "model": session.model.fingerprint(),
@@ -58,15 +58,22 @@ def save(session: Session, folder: Path) -> Path:
             tensors |= {f"{name}.promise.x": cache.x, f"{name}.promise.t": cache.t}
             tensors |= {f"promise.{field}": getattr(cache.cond, field) for field in TOLD}  # one chunk, of both
             cache = cache.before
-        shape = {"sink": len(cache.sink), "window": len(cache.window), "seen": cache.seen}
-        caches[name] = {**shape, "promised": promised}
-        for place, chunks in (("sink", cache.sink), ("window", cache.window)):
-            for number, chunk in enumerate(chunks):
-                for layer, (k, v) in enumerate(chunk):
-                    tensors |= {f"{name}.{place}.{number}.{layer}.{what}": x for what, x in (("k", k), ("v", v))}
+        every = (cache, *cache.later)
+        shapes = [{"sink": len(one.sink), "window": len(one.window)} for one in every]
+        caches[name] = {"seen": cache.seen, "steps": shapes, "promised": promised}
+        for step, one in enumerate(every):
+            for place, chunks in (("sink", one.sink), ("window", one.window)):
+                for number, chunk in enumerate(chunks):
+                    for layer, (k, v) in enumerate(chunk):
+                        prefix = f"{name}.{step}.{place}.{number}.{layer}"
+                        tensors |= {f"{prefix}.k": k, f"{prefix}.v": v}
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{NAME}.{os.getpid()}.partial"
-    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, {"session": json.dumps(facts)})
+    save_file(
+        {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()},
+        temporary,
+        {"session": json.dumps(facts)},
+    )
     os.replace(temporary, folder / NAME)
     return folder
 
@@ -95,11 +102,18 @@ def resume(model: OnlineLPM, folder: Path) -> Session:
     session.waiting.push(tensors["waiting"].cpu())
     depth = model.backbone.dit.config.depth
     for name, shape in facts["caches"].items():
-        parts = {
-            place: tuple(_chunk(tensors, f"{name}.{place}.{number}", depth) for number in range(shape[place]))
-            for place in ("sink", "window")
-        }
-        cache = replace(getattr(session, name), seen=shape["seen"], **parts)
+        blank: KVCache = getattr(session, name)
+        filled = []
+        for step, one in enumerate((blank, *blank.later)):
+            parts: dict[str, Any] = {
+                place: tuple(
+                    _chunk(tensors, f"{name}.{step}.{place}.{number}", depth)
+                    for number in range(shape["steps"][step][place])
+                )
+                for place in ("sink", "window")
+            }
+            filled.append(replace(one, seen=shape["seen"], **parts))
+        cache = replace(filled[0], later=tuple(filled[1:]))
         setattr(session, name, _promise(session, name, tensors, cache) if shape["promised"] else cache)
     return session
 

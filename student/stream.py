@@ -17,6 +17,8 @@ from torch import Tensor
 
 from student.causal_dit import CausalDiT
 from student.fast import FastDiT
+from student.history import CLEAN, History
+from student.kv_cache import KVCache
 from student.promise import Cache
 from teacher.conditions import Conditions
 from teacher.draws import gaussian
@@ -35,31 +37,57 @@ def denoise_chunk(
     draft: Tensor,
     generator: torch.Generator,
     exit_step: int | None = None,
+    trace: list[Tensor] | None = None,
 ) -> Tensor:
     """Denoise one chunk. `draft` [B, K, C, H, W] is noised to steps[0] first: at t = 1 nothing of it is left. Between
     steps x0 is noised afresh; a flow map goes from time to time instead, along the path that it knows.
 
     With `exit_step` the loop ends there and only that evaluation carries gradient (Self-Forcing, arXiv 2506.08009).
+    `trace` takes the x_t of every evaluation, from which `evaluate` makes it again.
     """
     last = len(steps) - 1 if exit_step is None else exit_step
     x = draft
     for index in range(last + 1):
         t = torch.full((len(draft),), steps[index], dtype=torch.float64, device=draft.device)
-        r = torch.full_like(t, steps[index + 1] if model.flow_map and index < last else 0.0)
         xt = x if model.flow_map and index else add_noise(x, gaussian(draft, generator), t)
+        if trace is not None:
+            trace.append(xt.detach())
         with torch.set_grad_enabled(torch.is_grad_enabled() and (exit_step is None or index == exit_step)):
-            x = x0_from_v(xt, model.velocity(xt, t, cond, cache, r), t - r)  # x_r
+            x = evaluate(model, xt, cond, cache, steps, index, last)
     return x
+
+
+def evaluate(
+    model: Network, xt: Tensor, cond: Conditions, cache: Cache, steps: tuple[float, ...], index: int, last: int
+) -> Tensor:
+    """One evaluation at steps[index], of `last` + 1: x0, or of a flow map x at the next step."""
+    t = torch.full((len(xt),), steps[index], dtype=torch.float64, device=xt.device)
+    r = torch.full_like(t, steps[index + 1] if model.flow_map and index < last else 0.0)
+    return x0_from_v(xt, model.velocity(xt, t, cond, cache.at(index), r), t - r)
+
+
+def write_chunk(
+    model: Network, x0: Tensor, cond: Conditions, cache: Cache, history: History, generator: torch.Generator
+) -> Cache:
+    """The same with the gradient of x0, for those who want it to flow from chunk to chunk."""
+    if isinstance(cache, KVCache) and history.kind == "matched":
+        eps = gaussian(x0, generator)  # one noise: the levels lie on one path
+        caches: list[KVCache] = []
+        for index, step in enumerate(model.stream.steps):
+            t = torch.full((len(x0),), step, dtype=torch.float64, device=x0.device)
+            written = model.remember(add_noise(x0, eps, t), t, cond, cache.at(index))
+            assert isinstance(written, KVCache)  # see CausalDiT.streaming
+            caches.append(written)
+        return replace(caches[0], later=tuple(caches[1:]))
+    return model.remember(*history.spoiled(x0, generator), cond, cache)
 
 
 @torch.no_grad()
 def remember_chunk(
-    model: Network, x0: Tensor, cond: Conditions, cache: Cache, noise: float, generator: torch.Generator
+    model: Network, x0: Tensor, cond: Conditions, cache: Cache, history: History, generator: torch.Generator
 ) -> Cache:
-    """Write a finished chunk into the cache as history at noise level `noise`, without gradient."""
-    t = torch.full((len(x0),), noise, dtype=torch.float64, device=x0.device)
-    x = add_noise(x0, gaussian(x0, generator), t) if noise else x0
-    return model.remember(x.detach(), t, cond, cache)
+    """Write a finished chunk into the cache as the history says, without gradient."""
+    return write_chunk(model, x0.detach(), cond, cache, history, generator)
 
 
 @torch.no_grad()
@@ -74,7 +102,7 @@ def draft_chunk(
     steps = config.steps if alone else config.steps[:-1]
     blank = told.refs.new_zeros(len(told.refs), config.chunk_frames, *told.refs.shape[2:])
     draft = denoise_chunk(backbone, told, cache, steps, blank, generator)
-    return draft, remember_chunk(backbone, draft, told, cache, config.history_noise, generator)
+    return draft, remember_chunk(backbone, draft, told, cache, config.history, generator)
 
 
 @torch.no_grad()
@@ -84,7 +112,7 @@ def refine_chunk(
     """The refiner's part: the last step, from the re-noised draft, then clean history -> x0 like draft, next cache."""
     cache = replace(cache)
     x0 = denoise_chunk(refiner, told, cache, refiner.stream.steps[-1:], draft, generator)
-    return x0, remember_chunk(refiner, x0, told, cache, 0.0, generator)
+    return x0, remember_chunk(refiner, x0, told, cache, CLEAN, generator)
 
 
 @torch.no_grad()

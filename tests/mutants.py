@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from mutants_long import LONG
 from mutants_objectives import OBJECTIVES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -201,7 +202,7 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
             "refiner remembers the draft",
         ),
         (
-            "remember_chunk(backbone, draft, told, cache, config.history_noise, generator)",
+            "remember_chunk(backbone, draft, told, cache, config.history, generator)",
             "remember_chunk(backbone, draft, told, cache, 0.0, generator)",
             "backbone streams under clean history",
         ),
@@ -325,13 +326,9 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
             "all chunks carry gradient",
         ),
         (
-            "stream.history_noise, noise)\n"
-            "        chunks.append(x0)\n"
-            "    return _scored(chunks, plan)\n"
-            "\n"
-            "\n"
-            "def roll_refine",
-            "0.0, noise)\n        chunks.append(x0)\n    return _scored(chunks, plan)\n\n\ndef roll_refine",
+            "stream.history, noise)\n        chunks.append(x0)\n"
+            "    return _scored(chunks, plan, stream.steps[exit_step])",
+            "CLEAN, noise)\n        chunks.append(x0)\n    return _scored(chunks, plan, stream.steps[exit_step])",
             "training under clean history",
         ),
         (
@@ -545,7 +542,7 @@ def run(folder: Path, areas: str) -> bool:
 
 
 def main(words: list[str]) -> int:
-    table = MUTANTS | OBJECTIVES
+    table = MUTANTS | OBJECTIVES | LONG
     every = [(path, areas, *mutant) for (path, areas), mutants in table.items() for mutant in mutants]
     chosen = [mutant for mutant in every if not words or any(word in mutant[0] + mutant[4] for word in words)]
     with tempfile.TemporaryDirectory() as temporary:

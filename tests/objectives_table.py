@@ -32,8 +32,12 @@ objective turned round must fail it.
 |---|---|---|---|---:|---:|---:|---:|---:|
 """
 UNMEASURED = (
-    "| `identity_drift` | hinges on the likeness to the references | - | - | - | - | - | - | - |\n\n"
-    "`identity_drift` is a regularizer without a distribution as its aim: tests/test_recipes.py has its gradients.\n"
+    "| `identity_drift` | hinges on the likeness to the references | - | - | - | - | - | - | - |\n"
+    "| `latent_statistics` | hinges on the channels' means and spreads | - | - | - | - | - | - | - |\n"
+    "| `recover` | flow matching of the true chunk after own ones | - | - | - | - | - | - | - |\n"
+    "| `reward_dmd` | reverse KL, weighted by a reward | - | - | - | - | - | - | - |\n"
+    "| `data_forcing` | the real score at the data, at high noise | - | - | - | - | - | - | - |\n\n"
+    "These are regularizers and levers: tests/test_recipes.py and tests/test_levers.py have their gradients.\n"
     "Guidance does nothing in worlds without conditions: tests/test_variants.py has the guidance part of\n"
     "`decoupled_dmd`. Of the divergences of `dmd` only reverse KL, the default, needs no discriminator.\n"
 )

@@ -38,7 +38,7 @@ name: r
 scale: tiny
 stage: {stage}
 model: {{dim: 32, depth: 2, heads: 2, ffn_dim: 24, channels: 4, text_dim: 6, mels: 4, references: [global, expression]}}
-student: {{chunk_frames: 1, sink_chunks: 1, window_chunks: 1, steps: [1.0, 0.5], history_noise: 0.1}}
+student: {{chunk_frames: 1, sink_chunks: 1, window_chunks: 1, steps: [1.0, 0.5]}}
 rollout: {rollout}
 phases:
   - {{update: critic, terms: {{flow_matching: {{role: critic, drop_text: 0.4, drop_audio: 0.4}}}}}}

@@ -32,7 +32,7 @@ name: r
 scale: tiny
 stage: stage2
 model: {dim: 16, depth: 2, heads: 1, ffn_dim: 16, channels: 4, text_dim: 6, mels: 4, references: [global, expression]}
-student: {chunk_frames: 1, sink_chunks: 1, window_chunks: 1, steps: [1.0, 0.5], history_noise: 0.1}
+student: {chunk_frames: 1, sink_chunks: 1, window_chunks: 1, steps: [1.0, 0.5]}
 rollout: {kind: self, chunks: 2, grad_chunks: 2}
 phases:
   - {update: critic, terms: {flow_matching: {role: critic}, adversarial: {role: critic}}}

@@ -42,12 +42,14 @@ def train(recipe: Recipe, folder: Path) -> set[str]:
         models["critic"].add_module("heads", term_heads(recipe))
     for role in {"student", "refiner"} & trained | ({"backbone"} if "refiner" in trained else set()):
         models[role] = small_student(stream, 3, **SIZES, flow_map=recipe.model.flow_map)
-    states = [latents(2, seed=seed).float() for seed in range(len(stream.steps) + 1)]
+    # Recovering takes a true chunk, two of the student's own, and the next true one.
+    frames = 4 if "recover" in [term.name for phase in recipe.phases for term in phase.terms] else 2
+    states = [latents(frames, seed=seed).float() for seed in range(len(stream.steps) + 1)]
     paths = SimpleNamespace(states=lambda index: torch.stack(states, 1))
     embedder = IdentityEmbedder(4, 4, 4).requires_grad_(False)
     roles = Roles(models, stream, small_codec().float(), embedder, trajectories=paths)
     before = {name: [p.clone() for p in model.parameters()] for name, model in models.items()}
-    trainer = Trainer(recipe, StageRun(folder, done=False), roles, FakeSource(), Engine(), parent=None)
+    trainer = Trainer(recipe, StageRun(folder, done=False), roles, FakeSource(frames=frames), Engine(), parent=None)
     assert checkpoint.verify(trainer.fit()) is None and trainer.skipped == 0
     same = {name: all(map(torch.equal, old, models[name].parameters())) for name, old in before.items()}
     return {name for name, unmoved in same.items() if not unmoved}
@@ -75,7 +77,7 @@ TERMS = {
     "dmd+identity": "dmd: {}, identity_drift: {weight: 0.1}",
     "dmd+perceptual": "dmd: {}, perceptual: {weight: 0.5}",
 }
-OFF_POLICY, ON_POLICY = ("teacher", "renoised", "consistency"), ("self", "refine")
+OFF_POLICY, ON_POLICY = ("teacher", "renoised", "consistency"), ("self", "long", "refine")
 # On its own rollout the student has no target to be held against.
 PAIRS = [(t, kind) for t in TERMS for kind in OFF_POLICY + ON_POLICY if t != "dmd+perceptual" or kind in OFF_POLICY]
 

@@ -16,7 +16,7 @@ from student.causal_dit import StreamConfig
 from teacher.flow import add_noise, schedule
 from teacher.guidance import Guidance
 
-STREAM = StreamConfig(chunk_frames=2, sink_chunks=1, window_chunks=1, steps=(1.0, 0.5), history_noise=0.1)
+STREAM = StreamConfig(chunk_frames=2, sink_chunks=1, window_chunks=1, steps=(1.0, 0.5))
 
 
 def given_to_the_student(

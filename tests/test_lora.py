@@ -140,7 +140,7 @@ scale: tiny
 stage: stage3
 parent: stage2
 model: {dim: 16, depth: 2, heads: 1, ffn_dim: 16, channels: 4, text_dim: 6, mels: 4, references: [global, expression]}
-student: {chunk_frames: 1, sink_chunks: 1, window_chunks: 1, steps: [1.0, 0.5], history_noise: 0.1}
+student: {chunk_frames: 1, sink_chunks: 1, window_chunks: 1, steps: [1.0, 0.5]}
 rollout: {kind: self, chunks: 3, grad_chunks: 2}
 lora: {student: {rank: 2, alpha: 3.0}, critic: {rank: 2, alpha: 3.0}}
 phases:

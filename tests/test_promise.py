@@ -14,6 +14,7 @@ from torch import Tensor
 
 from student.causal_dit import CausalDiT, StreamConfig
 from student.fast import FastDiT
+from student.history import CLEAN
 from student.kv_cache import ChunkKV, KVCache
 from student.online import OnlineLPM
 from student.promise import Promise
@@ -42,7 +43,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "refined": {"refined": True, "passes": 3},
     "no refiner": {"passes": 3},
     "single step": {"steps": (1.0,), "passes": 1},
-    "clean history": {"history_noise": 0.0, "passes": 3},
+    "clean history": {"history": CLEAN, "passes": 3},
     "flow map": {"flow_map": True, "passes": 3},
 }
 

@@ -29,7 +29,7 @@ from teacher.dit import DiT
 from teacher.flow import add_noise, sample_time, v_from_x0, velocity
 from teacher.guidance import Guidance
 
-STREAM = StreamConfig(chunk_frames=2, sink_chunks=1, window_chunks=1, steps=(1.0, 0.8, 0.45), history_noise=0.1)
+STREAM = StreamConfig(chunk_frames=2, sink_chunks=1, window_chunks=1, steps=(1.0, 0.8, 0.45))
 PLAIN = dmd.Config(cfg=Guidance(1.0, 1.0))
 
 

@@ -31,7 +31,7 @@ from teacher.conditions import AUDIO_PER_LATENT, PAST, Conditions
 from teacher.embedder import IdentityEmbedder
 from teacher.flow import add_noise, x0_from_v
 
-STREAM = StreamConfig(chunk_frames=2, sink_chunks=1, window_chunks=1, steps=(1.0, 0.8, 0.45), history_noise=0.1)
+STREAM = StreamConfig(chunk_frames=2, sink_chunks=1, window_chunks=1, steps=(1.0, 0.8, 0.45))
 
 
 def exit_roles(wanted: int, models: dict[str, nn.Module] | None = None) -> Roles:
@@ -66,7 +66,7 @@ def test_own_rollout_gradient_flows_through_the_exit_step_only(wanted: int) -> N
             x0 = x0_from_v(xt, student.velocity(xt, t, told, cache), t)
         out.append(x0)
         total = total + (x0 * probe[:, start : start + 2]).sum()
-        t = torch.full((2,), STREAM.history_noise, dtype=torch.float64)
+        t = torch.full((2,), STREAM.history.noise, dtype=torch.float64)
         seen = add_noise(x0.detach(), gaussian(like, generator), t)
         made = student.dit.run(seen, t, told, cache.positions(), cache.context())[1]
         cache = cache.push([(k.detach(), v.detach()) for k, v in made])

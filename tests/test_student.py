@@ -121,7 +121,7 @@ def by_hand(backbone: CausalDiT, refiner: CausalDiT | None, cond: Conditions, se
             told, x0 = cond.frames(start, start + size), torch.zeros_like(like)
             for time in backbone.stream.steps if refiner is None else backbone.stream.steps[:-1]:
                 x0 = evaluate(backbone, x0, time, told, caches[False])
-            noise = backbone.stream.history_noise
+            noise = backbone.stream.history.noise
             seen = (1 - noise) * x0 + noise * gaussian(like, generator)
             caches[False] = backbone.remember(seen, at(noise), told, caches[False])
             if refiner is not None:
@@ -216,7 +216,7 @@ def test_clips_longer_than_the_window_or_with_broken_chunks_are_refused() -> Non
 
 @pytest.mark.parametrize(
     "wrong", [{"steps": (0.9, 0.5)}, {"steps": (1.0, 0.5, 0.5)}, {"steps": (1.0, 0.0)}, {"steps": ()}, {"sink": -1},
-              {"chunk": 0}, {"history_noise": 1.0}],
+              {"chunk": 0}, {"positions": "sideways"}],
 )  # fmt: skip
 def test_a_stream_that_cannot_be_is_refused(wrong: dict) -> None:
     with pytest.raises(ValueError):

@@ -26,7 +26,7 @@ name: r
 scale: tiny
 stage: stage3
 model: {dim: 16, depth: 2, heads: 1, ffn_dim: 16, channels: 4, text_dim: 6, mels: 4, references: [global, expression]}
-student: {chunk_frames: 1, sink_chunks: 1, window_chunks: 1, steps: [1.0, 0.5], history_noise: 0.1}
+student: {chunk_frames: 1, sink_chunks: 1, window_chunks: 1, steps: [1.0, 0.5]}
 rollout: {kind: self, chunks: 3, grad_chunks: 2}
 phases:
   - {update: critic, every: 1, terms: {flow_matching: {role: critic}}}
@@ -43,7 +43,8 @@ class FakeSource:
 
     fingerprint = "none"
 
-    def __init__(self, poison: bool = False, fail_at: int | None = None, gently: bool = False):
+    def __init__(self, poison: bool = False, fail_at: int | None = None, gently: bool = False, frames: int = 2):
+        self.frames = frames
         self.poison, self.fail_at, self.gently, self.calls = poison, fail_at, gently, 0
 
     def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
@@ -53,10 +54,10 @@ class FakeSource:
                 raise KeyboardInterrupt
             signal.raise_signal(signal.SIGTERM)
         seed = int(torch.randint(2**30, (), generator=generator))
-        cond = conditions(2, batch_size, seed=seed, dtype=torch.float32)
+        cond = conditions(self.frames, batch_size, seed=seed, dtype=torch.float32)
         if self.poison:
             cond.speak[:] = math.nan
-        return batch_of(cond, latents(2, batch_size, seed=seed, dtype=torch.float32))
+        return batch_of(cond, latents(self.frames, batch_size, seed=seed, dtype=torch.float32))
 
 
 @pytest.fixture

@@ -35,6 +35,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class ZeRO(FSDP2):
     """Optimizer state (1), gradients (2) and weights (3) of every trained role over all processes."""
 
+    replays = False  # DeepSpeed's reduction fails on it
+
     def __init__(self, precision: str, config: EngineConfig):
         super().__init__(precision, config)
         self.stage = int(config.kind[-1])

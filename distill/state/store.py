@@ -8,6 +8,7 @@ wrote, either reads, on any number of processes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from distill.state.checkpoint import Checkpoint
 from distill.state.ema import EMA
 from distill.state.shards import Flat, Part, write_pieces
 
+CARRIED = "carried"
+
 
 def save(
     engine: Engine,
@@ -32,22 +35,29 @@ def save(
     meta: dict[str, Any],
     keep: int,
     progress: dict[str, Any],
+    carried: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Commit a checkpoint of every trained network, its optimizer, and the average of the product."""
+    """Commit a checkpoint of every trained network, its optimizer, the average of the product, and what the rollout
+    carries from step to step."""
     engine.barrier()
     if engine.sharded:
         parts = _pieces(engine, trained, product, ema)
+        if carried:
+            parts[CARRIED] = [_rows(engine, name, tensor) for name, tensor in carried.items()]
         target = _save_pieces(engine, root, step, parts, meta, progress)
         if engine.is_main:
             checkpoint.prune(root, keep)
     else:
         target = root / f"step_{step:08d}"
+        everyone = engine.gather({name: tensor.cpu() for name, tensor in (carried or {}).items()})
         if engine.is_main:
             state = {role: dict(engine.models[role].state_dict()) for role in trained}
             for role in trained:
                 named = engine.models[role].named_parameters()
                 state[f"optimizer_{role}"] = checkpoint.pack_optimizer(engine.optimizers[role], named)
             state["ema"] = ema.state()
+            if carried:
+                state[CARRIED] = {name: torch.cat([rows[name] for rows in everyone]) for name in carried}
             target = checkpoint.save(root, step, state, meta, keep, progress=progress)
     engine.barrier()
     return target
@@ -95,6 +105,25 @@ def fill(engine: Engine, role: str, part: Part, own: dict[str, Tensor] | None = 
         else:
             raise UserError(f"The weights {part.folder} do not fit the recipe's model: {name}.", ExitCode.CHECKPOINT)
     engine.refresh(role)
+
+
+def carried(engine: Engine, found: Checkpoint) -> dict[str, Tensor]:
+    """This process's rows of what the rollout carried; nothing where they cannot be shared out evenly."""
+    if not (found.path / CARRIED).is_dir():
+        return {}
+    part, mine = Part(found.path / CARRIED), {}
+    for name, (rows, *rest) in part.names.items():
+        if rows % engine.processes:
+            return {}
+        size = rows // engine.processes * prod(rest)
+        mine[name] = part.read(name, engine.rank * size, (engine.rank + 1) * size).reshape(-1, *rest).to(engine.device)
+    return mine
+
+
+def _rows(engine: Engine, name: str, tensor: Tensor) -> Flat:
+    """The rows of this process in a tensor of those of all."""
+    shape = (len(tensor) * engine.processes, *tensor.shape[1:])
+    return name, shape, engine.rank * tensor.numel(), tensor.flatten()
 
 
 def _latest(root: Path, say: Callable[[str], None]) -> Checkpoint | UserError | None:
