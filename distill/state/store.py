@@ -32,14 +32,16 @@ def save(
     meta: dict[str, Any],
     keep: int,
     progress: dict[str, Any],
+    best: int | None = None,
 ) -> Path:
-    """Commit a checkpoint of every trained network, its optimizer, and the average of the product."""
+    """Commit a checkpoint of every trained network, its optimizer, and the average of the product; that of the step
+    `best` is never pruned."""
     engine.barrier()
     if engine.sharded:
         parts = _pieces(engine, trained, product, ema)
         target = _save_pieces(engine, root, step, parts, meta, progress)
         if engine.is_main:
-            checkpoint.prune(root, keep)
+            checkpoint.prune(root, keep, best)
     else:
         target = root / f"step_{step:08d}"
         if engine.is_main:
@@ -48,7 +50,7 @@ def save(
                 named = engine.models[role].named_parameters()
                 state[f"optimizer_{role}"] = checkpoint.pack_optimizer(engine.optimizers[role], named)
             state["ema"] = ema.state()
-            target = checkpoint.save(root, step, state, meta, keep, progress=progress)
+            target = checkpoint.save(root, step, state, meta, keep, progress, best)
     engine.barrier()
     return target
 
