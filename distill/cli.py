@@ -108,6 +108,15 @@ COMMANDS = {
         ),
         quiet=True,
     ),
+    "bands": Command(
+        "measure where the curves of healthy runs lie: the reference bands of a recipe, or of all of a scale",
+        "distill.bands:measure",
+        own=(
+            ("seeds", "how many (default: 3)"),
+            ("steps", "up to which step (default: all of the recipe's)"),
+            ("parents", "a run whose stages are taken as parents (default: bands/parents, trained where missing)"),
+        ),
+    ),
     "report": Command("write the report of a run from its scores", "distill.pipeline:report", several=True),
     "stream": Command(
         "play a recording to a character of an Online LPM and film it",

@@ -1,8 +1,8 @@
 """Stage gates: a stage refuses a parent that is not fit to be one.
 
-The recipe's `gate:` block says what the parent's last samples must have shown; the values stand in its manifest, where the
-trainer put them at the end. `FORCE="reason"` takes the parent as it is; the reason goes into the child's
-manifest and is shown by `make lineage`. Variants whose parents are short switch the gate off in the recipe.
+The recipe's `gate:` block says what the parent's last samples must have shown; the values stand in its manifest, where
+the trainer put them at the end. `FORCE="reason"` takes the parent as it is; the reason goes into the child's manifest
+and is shown by `make lineage`. Variants whose parents are short switch the gate off in the recipe.
 """
 
 from __future__ import annotations
