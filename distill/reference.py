@@ -6,7 +6,7 @@ speaks where all of these are the same, up to the step it was measured at: `insi
 
 Of the values y[s, k] of S seeds at logged step k, low and high hold a further run with probability .999 per value (the
 prediction interval of Student's t), the variance being pooled over `POOLED` logged steps on either side; and they hold
-what was measured.
+what was measured. Curves that stay above 0 are taken by their logarithm: what varies in a loss is a share of it.
 """
 
 from __future__ import annotations
@@ -161,9 +161,13 @@ def band_of(seeds: Sequence[Mapping[int, float]]) -> Curve:
     """Curves of S >= 2 seeds -> mean, low, high at the steps that all have, rounded outwards to four digits."""
     steps = sorted(set.intersection(*(set(curve) for curve in seeds)))
     values = torch.tensor([[curve[step] for step in steps] for curve in seeds], dtype=torch.float64)  # [S, K]
-    mean, half = values.mean(0), half_width(values)
-    low, high = torch.minimum(mean - half, values.amin(0)), torch.maximum(mean + half, values.amax(0))
-    rows = zip(steps, mean.tolist(), low.tolist(), high.tolist(), strict=True)
+    positive = bool((values > 0).all())
+    scaled = values.log() if positive else values
+    half = half_width(scaled)
+    low = torch.minimum(scaled.mean(0) - half, scaled.amin(0))
+    high = torch.maximum(scaled.mean(0) + half, scaled.amax(0))
+    low, high = (low.exp(), high.exp()) if positive else (low, high)
+    rows = zip(steps, values.mean(0).tolist(), low.tolist(), high.tolist(), strict=True)
     return {step: (_rounded(m, 0), _rounded(a, -1), _rounded(b, 1)) for step, m, a, b in rows}
 
 

@@ -1,8 +1,8 @@
 """Every tiny recipe with small networks on random clips: `train` does a few steps, the script measures their bands.
 
-    python tests/shrunk.py        writes tests/bands/shrunk.json: three seeds of every recipe, four steps
+    python tests/shrunk.py        writes tests/bands/shrunk.json: five seeds of every recipe, eight steps
 
-The bands say what four steps of each recipe's rollout, losses and optimizers give; they depend on no data and no
+The bands say what the first steps of each recipe's rollout, losses and optimizers give; they depend on no data and no
 teacher, so that the tests can hold one seed of every recipe against them in seconds.
 """
 
@@ -32,7 +32,7 @@ from teacher.embedder import IdentityEmbedder
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "tests" / "bands" / "shrunk.json"
-STEPS = 4
+STEPS, SEEDS = 8, 5
 MODEL = {"dim": 16, "depth": 2, "heads": 1, "ffn_dim": 16, "channels": 4, "text_dim": 6, "mels": 4}
 SMALL = [
     *(f"model.{name}={value}" for name, value in MODEL.items()),
@@ -64,18 +64,20 @@ def trainer_of(recipe: Recipe, folder: Path) -> Trainer:
 
 
 def shrunk(path: Path, seed: int = 0) -> Recipe:
-    """The recipe with small networks, every step logged; its schedule is that of the whole recipe."""
-    return config.load(path, [*SMALL, "train.log_every=1", "health.stop=never", f"seed={seed}"])
+    """The recipe with small networks; its schedule is that of the whole recipe."""
+    return config.load(path, [*SMALL, "train.batch_size=8", "train.log_every=2", "health.stop=never", f"seed={seed}"])
 
 
-def band(path: Path, folder: Path, seeds: int = 3) -> Band:
+def band(path: Path, folder: Path) -> Band:
     """The band of a recipe's first steps."""
-    runs = [folder / f"{path.stem}-{seed}" for seed in range(seeds)]
+    runs = [folder / f"{path.stem}-{seed}" for seed in range(SEEDS)]
     for seed, run in enumerate(runs):
         with suppress(UserError):  # stopped after STEPS, as asked
             trainer_of(shrunk(path, seed), run).fit(until=STEPS)
     origin = Origin(settings(shrunk(path).resolved), FakeSource.fingerprint)
-    return measured(origin, [run / "metrics.jsonl" for run in runs], STEPS, {"recipe": path.stem, "seeds": [0, 1, 2]})
+    return measured(
+        origin, [run / "metrics.jsonl" for run in runs], STEPS, {"recipe": path.stem, "seeds": list(range(SEEDS))}
+    )
 
 
 if __name__ == "__main__":
