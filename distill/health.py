@@ -42,7 +42,7 @@ class HealthConfig:
     # Updates, at every step.
     update: Pair = (0.01, 0.05)
     critic: Pair = (0.3, 0.03)
-    rise: Pair = (1.6, 4.0)
+    rise: Pair = (2.0, 5.0)
     gradient: Pair = (0.8, 1.5)
     gap: Pair = (0.4, 1.0)
     skipped: Pair = (0.01, 0.5)

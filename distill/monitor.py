@@ -28,7 +28,7 @@ from teacher.conditions import AUDIO_PER_LATENT, PAST, SILENCE
 
 SPEAK, LISTEN = 1, 2  # states of a frame
 SAMPLED = 4096  # weights of each tensor whose movement is measured: enough for a norm, nothing beside a step
-SETTLED = 3  # log intervals after which the critic's loss is held against its lowest
+EARLY = 3  # log intervals whose mean is what the critic's loss was
 
 
 class Monitor:
@@ -41,7 +41,7 @@ class Monitor:
         self.counts: dict[str, int] = {}
         self.measured: dict[str, float] = {}  # the newest gauges
         self.measured_at = -1
-        self.lowest, self.intervals = math.inf, 0  # of the critic's loss
+        self.early, self.intervals = 0.0, 0  # mean of the critic's loss over the first intervals, and their number
         self.skipped = 0.0  # updates, so far
         self.best: tuple[int, float] | None = None  # step of a checkpoint, severity of its pictures
         self.stopping = False  # whether the last word was STOP
@@ -109,10 +109,11 @@ class Monitor:
             moved = (critic or 0.0) * self.counts.get("optim/update_critic", 0)
             signals["health/critic_pace"] = moved / (product * self.counts[f"optim/update_{self.product}"])
         loss = means.get("train/critic_flow_matching")
-        if loss is not None and self.intervals >= SETTLED:
-            signals["health/critic_rise"] = loss / self.lowest
-        if whole and loss is not None:
-            self.lowest, self.intervals = min(self.lowest, loss), self.intervals + 1
+        if whole and loss is not None and self.intervals < EARLY:
+            self.intervals += 1
+            self.early += (loss - self.early) / self.intervals
+        elif whole and loss is not None:
+            signals["health/critic_rise"] = loss / self.early
         for part in ("grad_norm", "gap"):
             found = [value for name, value in means.items() if name.endswith(f"dmd_{part}")]
             signals |= {f"health/dmd_{part}": found[0]} if found else {}
@@ -148,17 +149,13 @@ class Monitor:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to say the same, as JSON."""
-        names = ("sums", "counts", "measured", "measured_at", "intervals", "skipped", "best", "stopping")
-        return {
-            **{name: getattr(self, name) for name in names},
-            "lowest": self.lowest if math.isfinite(self.lowest) else None,
-        }
+        names = ("sums", "counts", "measured", "measured_at", "early", "intervals", "skipped", "best", "stopping")
+        return {name: getattr(self, name) for name in names}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Give back what `state` gave."""
         for name, value in state.items():
             setattr(self, name, value)
-        self.lowest = math.inf if self.lowest is None else self.lowest
         self.best = (self.best[0], self.best[1]) if self.best else None
 
 

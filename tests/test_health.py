@@ -27,6 +27,9 @@ from evaluation.quality import color_drift, color_shift, contrast_ratio
 from teacher.conditions import SILENCE
 
 PLAIN = HealthConfig()
+# Small random networks are far from healthy: of their signals only the pictures are judged here.
+FAR = ", ".join(f"{name}: [90, 99]" for name in ("gap", "gradient", "update", "rise", "level"))
+CALM = f"health: {{stop: collapse, spread: [-9, -9], {FAR}}}\n"
 
 
 # ---- the verdict ------------------------------------------------------------------------------------------
@@ -114,10 +117,10 @@ def test_a_critic_that_stands_still_and_weights_torn_apart_are_seen() -> None:
     assert judge(watcher.derived({"optim/update_student": 0.2}, False), PLAIN, 4).level == 2
 
 
-def test_a_rising_critic_loss_is_held_against_its_lowest() -> None:
+def test_a_rising_critic_loss_is_held_against_what_it_was() -> None:
     watcher = monitor()
     levels = [judge(watcher.derived({"train/critic_flow_matching": loss}, True), PLAIN, 1).level
-              for loss in (0.5, 0.3, 0.2, 0.21, 0.35, 0.9)]  # fmt: skip
+              for loss in (0.25, 0.15, 0.2, 0.21, 0.45, 1.2)]  # fmt: skip
     assert levels == [0, 0, 0, 0, 1, 2]
 
 
@@ -144,7 +147,7 @@ def sampler_of(values: dict[int, float]):
 
 def test_a_collapse_ends_the_run_before_it_is_saved_and_the_best_checkpoint_stays(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
-    path.write_text(RECIPE + "health: {stop: collapse}\n")
+    path.write_text(RECIPE + CALM)
     recipe = config.load(path, ["train.steps=12", "train.save_every=2", "train.sample_every=2", "train.keep=2"])
     run = make(recipe, tmp_path / "run")
     with pytest.raises(UserError, match=r"solid color.*step_00000004") as stopped:
