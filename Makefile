@@ -122,8 +122,8 @@ bands: $(VENV)/.installed ## reference bands of RECIPE= (or all of SCALE=) over 
 lineage: $(VENV)/.installed ## draw the family tree of RUN= or PARENT=, as text and as picture (OUT=file.svg)
 	@$(RUN_IT) lineage $(ARGS) --out '$(OUT)'
 
-recipes: $(VENV)/.installed ## list the recipes
-	@$(RUN_IT) recipes
+recipes: $(VENV)/.installed ## list the recipes and what they cost (PLAN=1: work that out afresh)
+	@$(RUN_IT) recipes --plan '$(PLAN)'
 
 validate: $(VENV)/.installed ## check RECIPE= without running it: every problem, with file and line
 	@$(RUN_IT) validate $(ARGS)

@@ -157,7 +157,12 @@ COMMANDS = {
         own=(("out", "file of the picture (default: lineage.svg in the run's folder)"),),
         quiet=True,
     ),
-    "recipes": Command("list the recipes", "distill.listing:recipes", quiet=True),
+    "recipes": Command(
+        "list the recipes and what they cost",
+        "distill.listing:recipes",
+        own=(("plan", "1: work the costs out afresh, a few minutes"),),
+        quiet=True,
+    ),
     "validate": Command(
         "check a recipe and its quick and smoke variants: all problems at once, with file and line",
         "distill.listing:validate",

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distill import prices
 from distill.config import STAGES, VARIANTS, load, read
 from distill.errors import UserError
 from distill.options import Options
@@ -21,17 +22,25 @@ HEADLINE = {"sync_corr": "sync", "identity_distance": "identity", "motion_ratio"
 
 
 def recipes(options: Options) -> str:
-    """A table of the recipes in recipes/: path, scale, stage, steps, what the comment on the first line says."""
+    """A table of the recipes in recipes/: path, stage, steps, what they cost as written, what the comment on the first
+    line says. With PLAN=1 the costs are worked out afresh."""
+    found = {path: read(path).data for path in sorted(Path("recipes").rglob("*.yaml"))}
+    found = {path: data for path, data in found.items() if "stage" in data}  # the others are bases and grids
+    if not found:
+        return "There are no recipes under recipes/: run this in the repository's folder."
+    if options.own.get("plan"):
+        prices.renew(list(found))
+    known = prices.known()
     rows = []
-    for path in sorted(Path("recipes").rglob("*.yaml")):
-        data = read(path).data
-        if "stage" not in data:
-            continue  # a base, not a recipe
+    for path, data in found.items():
         first = path.read_text(encoding="utf-8").splitlines()[0]
-        about = first.lstrip("# ") if first.startswith("#") else ""
-        steps = (data.get("train") or {}).get("steps", "-")
-        rows.append(f"{path!s:40} {data.get('scale', '-'):5} {data['stage']:13} {steps!s:>7} steps  {about}")
-    return "\n".join(rows) if rows else "There are no recipes under recipes/: run this in the repository's folder."
+        price = known.get(str(path))
+        if price is not None and price.recipe != prices.digest(path):
+            price = None  # written for another version of it
+        cost = ("-", "-", "-", "") if price is None else price.words
+        steps = str((data.get("train") or {}).get("steps", "-"))
+        rows.append((str(path), data["stage"], steps, *cost, first.lstrip("# ") if first.startswith("#") else ""))
+    return columns(rows, ("recipe", "stage", "steps", "GPUs", "GB each", "hours", "", "what it is"))
 
 
 def validate(options: Options) -> str:

@@ -2,7 +2,7 @@
 clips, and the gauges - lip sync, motion per state, identity, color, chunk jumps - measured on those clips.
 
 A stage's loss says little (RESEARCH: identity rises while a character goes still); these numbers are what to stop on.
-The teacher plays the same characters to the same audio from the same noise. Its clips are made once for a teacher and
+The teacher plays the same characters to the same audio, from the same seed. Its clips are made once for a teacher and
 a data set, kept beside the data, and what it scores there is the yardstick of `..._of_teacher`.
 """
 

@@ -1,0 +1,96 @@
+"""What the shipped recipes cost, worked out beforehand: `make recipes` shows it at once, `make recipes PLAN=1` makes it
+again.
+
+Recipes for GPUs: the first of `OFFERS` that they fit on as written, by the planner (estimated). Recipes for a CPU:
+memory by the planner, hours from a run that was measured (tested). recipes/costs.json: {path: Price}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import yaml
+
+from distill.config import Recipe, load, read
+from distill.errors import UserError
+from distill.runs import RESOLVED, RUNS, write_json
+from distill.tracking import progress
+
+FILE = Path("recipes/costs.json")
+OFFERS = ((1, 24), (1, 80), (8, 80), (8, 141), (16, 141))  # GPUs, GB of each
+ON_CPU = ("tiny",)  # scales that are run without GPU
+
+
+@dataclass(frozen=True)
+class Price:
+    """`recipe` is the hash of what was priced; gpus 0 is a CPU; hours None where no run was measured."""
+
+    recipe: str
+    gpus: int
+    gpu_memory: int
+    gigabytes: float
+    hours: float | None
+    tested: bool
+
+    @property
+    def words(self) -> tuple[str, str, str, str]:
+        """(GPUs, GB, hours, how they are known)."""
+        where = f"{self.gpus}x{self.gpu_memory} GB" if self.gpus else "none"
+        hours = "-" if self.hours is None else f"{self.hours:.2f}" if self.hours < 1 else f"{self.hours:.0f}"
+        return where, f"{self.gigabytes:.1f}", hours, "tested" if self.tested else "estimated"
+
+
+def known() -> dict[str, Price]:
+    """The prices on record, by path; none where the file is not there."""
+    return {path: Price(**price) for path, price in json.loads(FILE.read_text()).items()} if FILE.is_file() else {}
+
+
+def digest(path: Path) -> str:
+    """What a price holds for: all that the recipe and those it extends say."""
+    return hashlib.sha256(json.dumps(read(path).data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def renew(paths: list[Path]) -> None:
+    """Price recipes and write the file. Hours of what runs on a CPU come from the runs in runs/."""
+    prices = {}
+    for path in progress(paths, "recipes"):
+        recipe = load(path)
+        if recipe.phases:
+            prices[str(path)] = asdict(price(recipe, digest(path)))
+    write_json(FILE, prices)
+
+
+def price(recipe: Recipe, digest: str) -> Price:
+    """Price of one recipe as written."""
+    from distill.engine.config import EngineConfig
+    from distill.plan import GB, plan
+    from distill.standing import Setting
+
+    if recipe.scale in ON_CPU:
+        hours = _measured(recipe.name, recipe.train.steps)
+        needed = plan(Setting(recipe, 1, EngineConfig(kind="plain")), 80 * GB).total / GB
+        return Price(digest, 0, 0, round(needed, 2), hours, hours is not None)
+    for gpus, memory in OFFERS:
+        made = plan(Setting(recipe, gpus, EngineConfig(kind="plain" if gpus == 1 else "fsdp2")), memory * GB)
+        if made.fits:
+            return Price(digest, gpus, memory, round(made.total / GB, 1), round(made.hours, 2), False)
+    raise UserError(f"{recipe.name} fits on none of {OFFERS} as written: see make plan for what makes it fit.")
+
+
+def _measured(name: str, steps: int) -> float | None:
+    """Hours of the newest whole run of a recipe in runs/, by the median of its steps."""
+    for folder in sorted(RUNS.glob("*/*/"), key=lambda path: path.stat().st_mtime, reverse=True):
+        resolved, curves = folder / RESOLVED, folder / "metrics.jsonl"
+        if not (resolved.is_file() and curves.is_file()):
+            continue
+        written = yaml.safe_load(resolved.read_text(encoding="utf-8"))
+        records = [json.loads(line) for line in curves.read_text(encoding="utf-8").splitlines()]
+        paces = [record["perf/step_s"] for record in records if "perf/step_s" in record]
+        whole = bool(records) and records[-1]["step"] >= steps == written["train"]["steps"]
+        if written["name"] == name and whole and paces:
+            return round(statistics.median(paces) * steps / 3600, 3)
+    return None
