@@ -50,6 +50,7 @@ class HealthConfig:
     gradient: Pair = (0.8, 1.5)  # 0.45 at the start of stage 2
     gap: Pair = (0.4, 1.0)  # 0.05 at the start of stage 2
     skipped: Pair = (0.01, 0.5)
+    guidance: Pair = (9.0, 15.0)  # 1.25 here, 4 at 1.3b and 17b
     # Conditions, at every step.
     muted: Pair = (0.2, 0.5)  # 0.00
 
@@ -104,6 +105,7 @@ LIMITS = (
     Limit("rise", "health/critic_rise", 1.0, "critic loss {:.2f} times what it was"),
     Limit("gradient", "health/dmd_grad_norm", 0.0, "DMD gradient {:.2f}"),
     Limit("gap", "health/dmd_gap", 0.0, "teacher and critic differ by {:.2f}"),
+    Limit("guidance", "health/guidance", 1.0, "guidance {:g}"),
     Limit("skipped", "health/skipped", 0.0, "{:.0%} of the updates not finite"),
     Limit("muted", "health/muted", 0.0, "{:.0%} of the clips are silent where they should sound",
           "silent audio ({:.0%} of the clips are silent where they should sound)"),

@@ -45,6 +45,7 @@ class Monitor:
         self.skipped = 0.0  # updates, so far
         self.best: tuple[int, float] | None = None  # step of a checkpoint, severity of its pictures
         self.stopping = False  # whether the last word was STOP
+        self.guidance = strongest_guidance(recipe)
 
     # ---- what is seen -------------------------------------------------------------------------------------
 
@@ -99,7 +100,7 @@ class Monitor:
 
     def derived(self, means: Mapping[str, float], whole: bool) -> dict[str, float]:
         """Signals under the tags that limits know; `whole`: the means are of an interval, not of a step."""
-        signals = dict(means)
+        signals = {**means, "health/guidance": self.guidance}
         if not whole:  # what only an interval can tell
             signals.pop("health/skipped", None)
         product, critic = means.get(f"optim/update_{self.product}"), means.get("optim/update_critic")
@@ -157,6 +158,14 @@ class Monitor:
         for name, value in state.items():
             setattr(self, name, value)
         self.best = (self.best[0], self.best[1]) if self.best else None
+
+
+def strongest_guidance(recipe: Recipe) -> float:
+    """The largest guidance weight of any loss or rollout of the recipe; 1 is none."""
+    configs = [term.config for phase in recipe.phases for term in phase.terms]
+    configs += [recipe.rollout.config] if recipe.rollout else []
+    weights = [getattr(getattr(config, "cfg", None), name, 1.0) for config in configs for name in ("text", "audio")]
+    return max(weights, default=1.0)
 
 
 def muted(batch: Batch) -> Tensor:

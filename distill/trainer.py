@@ -105,6 +105,7 @@ class Trainer:
         with self.tracker() as tracker, StopSignal(self.run.say, self.engine.processes > 1) as stop:
             if sampler is not None and self.step == 0:
                 self.show(sampler, tracker)
+            if self.step == 0:
                 self.monitor.check(0, {}, tracker, self.run, self.engine)
             while self.step < steps:
                 step = self.step + 1
