@@ -56,7 +56,7 @@ def one(options: Options, recipe: Recipe, seeds: int, steps: int) -> Path:
         spent += time.process_time() - began
         runs.append(run_folder(run) / recipe.stage)
     manifest = lineage.read(runs[0])
-    about = {"recipe": recipe.name, "variant": options.variant, "seeds": list(range(seeds))}
+    about: dict[str, Any] = {"recipe": recipe.name, "variant": options.variant, "seeds": list(range(seeds))}
     about |= {"code": manifest.data["code"]["sources"], "cpu_seconds": round(spent, 1)}
     band = measured(origin_of(manifest), [run / "metrics.jsonl" for run in runs], steps, about)
     path = reference.bands_of(recipe) / f"{options.recipe.stem}.json"

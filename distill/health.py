@@ -46,7 +46,7 @@ class HealthConfig:
         0.05,
     )  # student of stage 2 0.00035 at lr 5e-5, critic 0.0014 at 2e-4: at most lr over the mean weight, 0.14
     critic: Pair = (0.3, 0.03)  # 16 by the learning rates and cadences of stages 2 and 3, 8 in stage 4, 1 at 1.3b
-    rise: Pair = (2.0, 5.0)  # single steps differ by 2.3 where times are drawn anew, means of eight by less
+    rise: Pair = (2.5, 6.0)  # single steps differ by up to 3.7, each draws its times anew; at lr x30 16 times
     gradient: Pair = (0.8, 1.5)  # 0.45 at the start of stage 2
     gap: Pair = (0.4, 1.0)  # 0.05 at the start of stage 2
     skipped: Pair = (0.01, 0.5)

@@ -60,8 +60,9 @@ class Config:
 
 def term(roll: Roll, roles: Roles, cfg: Config) -> Term:
     """Surrogate whose gradient in roll.x0 is the normalized score difference."""
+    logs: dict[str, Tensor] = {}
     with torch.no_grad():
-        gradient = dmd_gradient(roll.x0.detach(), roll, roles, cfg, logs := {})
+        gradient = dmd_gradient(roll.x0.detach(), roll, roles, cfg, logs)
     value = surrogate(roll.x0, gradient)
     return Term(value.value, value.logs | logs)
 

@@ -6,7 +6,7 @@
 Stage 2 of the tiny scale from PARENT, whose run holds the trajectories, with the prepared data and the kept teacher:
 three healthy seeds, and the same recipe with the student's learning rate x30, with a critic that does not move, with
 guidance 20, with audio that is all silent. The loss has left the healthy band at the first logged step where train/dmd
-lies outside the interval of the healthy seeds (distill/reference.py). Every step is logged; no pictures are made, so
+lies outside the interval of the healthy seeds (distill/reference.py). Every student update is logged; no pictures are made, so
 that the verdicts are those of cheap signals alone.
 """
 
@@ -57,7 +57,7 @@ class Silent:
 def train(name: str, parent: Path, steps: int) -> None:
     """One run into runs/collapses/<name>, never stopped by its verdict."""
     changes = {**HEALTHY, **COLLAPSES}[name]
-    recipe = load(RECIPE, (*changes, f"train.steps={steps}", "train.log_every=1", "health.stop=never"))
+    recipe = load(RECIPE, (*changes, f"train.steps={steps}", "train.log_every=4", "health.stop=never"))
     above = lineage.read(parent)
     data, folder = Path(recipe.data.path), PLACE / name
     clips = dataset.load(data, "train")

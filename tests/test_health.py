@@ -120,7 +120,7 @@ def test_a_critic_that_stands_still_and_weights_torn_apart_are_seen() -> None:
 def test_a_rising_critic_loss_is_held_against_what_it_was() -> None:
     watcher = monitor()
     levels = [judge(watcher.derived({"train/critic_flow_matching": loss}, True), PLAIN, 1).level
-              for loss in (0.25, 0.15, 0.2, 0.21, 0.45, 1.2)]  # fmt: skip
+              for loss in (0.25, 0.15, 0.2, 0.21, 0.51, 1.3)]  # fmt: skip
     assert levels == [0, 0, 0, 0, 1, 2]
 
 
@@ -175,7 +175,7 @@ def test_updates_are_measured_relative_to_the_weights(tmp_path: Path) -> None:
     run = make(config.load(path), tmp_path / "run")
     before = [p.detach().clone() for p in run.roles.models["critic"].parameters()]
     logs = run.update(1, 0, run.recipe.phases[0])
-    after = list(run.roles.models["critic"].parameters())
+    after = [p.detach() for p in run.roles.models["critic"].parameters()]
     moved = sum(float((a - b).square().sum()) for a, b in zip(after, before, strict=True))
     whole = sum(float(b.square().sum()) for b in before)
     assert float(logs["optim/update_critic"]) == pytest.approx((moved / whole) ** 0.5, rel=1e-4)
@@ -204,7 +204,7 @@ def test_the_quantile_is_that_of_students_t() -> None:
 
 
 def test_bands_speak_only_where_nothing_that_matters_differs(tmp_path: Path) -> None:
-    recipe = shrunk(BANDED[-1])
+    recipe = shrunk(next(path for path in BANDED if path.stem == "stage2_dmd"))
     own = settings(recipe.resolved)
     free = [replace(recipe, seed=5), replace(recipe, name="x"), replace(recipe, health=HealthConfig(stop="any"))]
     free.append(replace(recipe, train=replace(recipe.train, save_every=1)))
