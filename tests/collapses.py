@@ -6,8 +6,8 @@
 Stage 2 of the tiny scale from PARENT, whose run holds the trajectories, with the prepared data and the kept teacher:
 three healthy seeds, and the same recipe with the student's learning rate x30, with a critic that does not move, with
 guidance 20, with audio that is all silent. The loss has left the healthy band at the first logged step where train/dmd
-lies outside the interval of the healthy seeds (distill/reference.py). Every student update is logged; no pictures are made, so
-that the verdicts are those of cheap signals alone.
+lies outside the interval of the healthy seeds (distill/reference.py). Every student update is logged; no pictures are
+made, so that the verdicts are those of cheap signals alone.
 """
 
 from __future__ import annotations
