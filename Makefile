@@ -29,13 +29,13 @@ PIP    = $(PYTHON) -m pip --disable-pip-version-check --quiet
 ARGS   = $(if $(SCALE),--scale '$(SCALE)') $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(PARENT),--parent '$(PARENT)') $(if $(RUN),--run '$(RUN)') \
          $(if $(SET),--set '$(SET)') $(if $(filter-out 0,$(QUICK)),--quick) $(if $(filter-out 0,$(SMOKE)),--smoke)
 # how the training commands are spread over processes and machines
-SPREAD = $(if $(ACCELERATE),--accelerate '$(ACCELERATE)') $(if $(PROCESSES),--processes '$(PROCESSES)') \
+SPREAD = $(if $(FORCE),--force '$(FORCE)') $(if $(ACCELERATE),--accelerate '$(ACCELERATE)') $(if $(PROCESSES),--processes '$(PROCESSES)') \
          $(if $(NODES),--nodes '$(NODES)') $(if $(NODE_RANK),--node-rank '$(NODE_RANK)') $(if $(MASTER),--master '$(MASTER)')
 RUN_IT = $(PYTHON) -m distill
 
 .DEFAULT_GOAL := help
 .PHONY: help online-lpm data teacher ar-teacher keep-teacher trajectories distill distill-stage1 distill-stage2 \
-        distill-stage3 distill-stage4 export consolidate evaluate report ablate score compare stream serve latency doctor \
+        distill-stage3 distill-stage4 export consolidate evaluate report ablate score compare bands stream serve latency doctor \
         lineage recipes validate plan runs diff import-wan gpu-check test mutants objectives lint types gpu ci smoke clean \
         clean-venv
 
@@ -47,7 +47,7 @@ help: ## print this list
 # ---- the path -------------------------------------------------------------------------------------------------
 
 online-lpm: $(VENV)/.installed ## everything: data, teacher, stages 1-4, export, evaluation, report (QUICK=1: shorter)
-	@$(RUN_IT) online-lpm $(ARGS)
+	@$(RUN_IT) online-lpm $(ARGS) $(if $(FORCE),--force '$(FORCE)')
 
 data: $(VENV)/.installed ## prepare speech, characters and latents
 	@$(RUN_IT) data $(ARGS)
@@ -65,7 +65,7 @@ trajectories: $(VENV)/.installed ## store the teacher's sampling trajectories fo
 	@$(RUN_IT) trajectories $(ARGS)
 
 distill: $(VENV)/.installed ## trajectories and stages 1 to 4
-	@$(RUN_IT) distill $(ARGS)
+	@$(RUN_IT) distill $(ARGS) $(if $(FORCE),--force '$(FORCE)')
 
 distill-stage1: $(VENV)/.installed ## causal initialization by ODE regression
 	@$(RUN_IT) stage1 $(ARGS) $(SPREAD)
@@ -115,6 +115,9 @@ score: $(VENV)/.installed ## measure the last stage of RUN= alone, for make comp
 
 compare: $(VENV)/.installed ## one page that holds RUNS="grid" or RUNS="a b" side by side (BASELINE=arm, OUT=folder)
 	@$(RUN_IT) compare --runs '$(RUNS)' --baseline '$(BASELINE)' --out '$(OUT)'
+
+bands: $(VENV)/.installed ## reference bands of RECIPE= (or all of SCALE=) over SEEDS=3 up to STEPS=, parents from PARENTS=run
+	@$(RUN_IT) bands $(ARGS) --seeds '$(SEEDS)' --steps '$(STEPS)' --parents '$(PARENTS)'
 
 lineage: $(VENV)/.installed ## draw the family tree of RUN= or PARENT=, as text and as picture (OUT=file.svg)
 	@$(RUN_IT) lineage $(ARGS) --out '$(OUT)'

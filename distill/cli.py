@@ -33,21 +33,25 @@ class Command:
     quiet: bool = False  # prints nothing but its result
 
 
+FORCE = (("force", "why a parent that does not pass the stage's gate is to be taken all the same"),)
+TRAINING = (*SPREAD, *FORCE)
+
 COMMANDS = {
     "online-lpm": Command(
         "the whole path: data, teacher, stages 1-4, export, evaluation, report; does only what is missing",
         "distill.pipeline:online_lpm",
+        own=FORCE,
         several=True,
     ),
     "data": Command("prepare the data set: speech, characters, latents", "distill.pipeline:data"),
     "teacher": Command(
-        "train the teacher from nothing by flow matching", "distill.pipeline:train_stage", ("teacher",), SPREAD
+        "train the teacher from nothing by flow matching", "distill.pipeline:train_stage", ("teacher",), TRAINING
     ),
     "ar-teacher": Command(
         "train the autoregressive teacher, causal and of many steps, from the teacher",
         "distill.pipeline:train_stage",
         ("ar-teacher",),
-        SPREAD,
+        TRAINING,
     ),
     "keep": Command("put the teacher of a run where the repository keeps one", "distill.pipeline:keep"),
     "trajectories": Command("store the teacher's sampling trajectories for stage 1", "distill.pipeline:trajectories"),
@@ -55,22 +59,22 @@ COMMANDS = {
         "causal initialization by ODE regression on the trajectories",
         "distill.pipeline:train_stage",
         ("stage1",),
-        SPREAD,
+        TRAINING,
     ),
     "stage2": Command(
         "off-policy distribution matching on re-noised teacher latents",
         "distill.pipeline:train_stage",
         ("stage2",),
-        SPREAD,
+        TRAINING,
     ),
     "stage3": Command(
         "self-forcing: distribution matching on the student's own long rollouts",
         "distill.pipeline:train_stage",
         ("stage3",),
-        SPREAD,
+        TRAINING,
     ),
-    "stage4": Command("train the one-step refiner", "distill.pipeline:train_stage", ("stage4",), SPREAD),
-    "distill": Command("trajectories and stages 1 to 4", "distill.pipeline:distill", several=True),
+    "stage4": Command("train the one-step refiner", "distill.pipeline:train_stage", ("stage4",), TRAINING),
+    "distill": Command("trajectories and stages 1 to 4", "distill.pipeline:distill", own=FORCE, several=True),
     "export": Command(
         "gather backbone, refiner and codec into one Online LPM folder", "distill.pipeline:export", several=True
     ),
@@ -103,6 +107,15 @@ COMMANDS = {
             ("out", "folder of the page (default: beside the grid, or runs/compare/)"),
         ),
         quiet=True,
+    ),
+    "bands": Command(
+        "measure where the curves of healthy runs lie: the reference bands of a recipe, or of all of a scale",
+        "distill.bands:measure",
+        own=(
+            ("seeds", "how many (default: 3)"),
+            ("steps", "up to which step (default: all of the recipe's)"),
+            ("parents", "a run whose stages are taken as parents (default: bands/parents, trained where missing)"),
+        ),
     ),
     "report": Command("write the report of a run from its scores", "distill.pipeline:report", several=True),
     "stream": Command(

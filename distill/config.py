@@ -116,6 +116,8 @@ class Recipe:
     trajectories: Any = field(default=None, metadata={"schema": "distill.rollout:TrajectoryConfig"})
     evaluation: Any = field(default=None, metadata={"schema": "evaluation.bench:BenchConfig"})
     lora: Any = field(default=None, metadata={"schema": "distill.adapters:LoRARoles"})
+    health: Any = field(default=None, metadata={"schema": "distill.health:HealthConfig", "always": True})
+    gate: Any = field(default=None, metadata={"schema": "distill.gates:GateConfig"})
     rollout: RolloutSpec | None = None
     phases: tuple[Phase, ...] = ()
     optimizer: dict[str, OptimConfig] = field(default_factory=dict)

@@ -13,8 +13,8 @@ class ExitCode(IntEnum):
     USAGE = 2  # the command line, the recipe, the disk: something the user gave
     DATA = 3  # the data set or a cache
     MEMORY = 4  # out of memory
-    NUMERICS = 5  # too many non-finite steps in a row
-    CHECKPOINT = 6  # checkpoints exist but none of them is whole
+    NUMERICS = 5  # too many non-finite steps in a row, or a collapse
+    CHECKPOINT = 6  # checkpoints exist but none of them is whole, or a parent does not pass its gate
     STOPPED = 75  # stopped on request, everything saved, resumable
     INTERRUPTED = 130  # stopped at once by a second ctrl-C
 

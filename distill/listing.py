@@ -106,7 +106,8 @@ def _stage(folder: Path) -> str:
     word, silent = status.get("status", "?"), time.time() - float(status.get("heartbeat", 0))
     if word == "running" and silent > FRESH_SECONDS:
         word = f"dead for {silent / 60:.0f} min"
-    return f"{folder.name} {word} at {status.get('step', 0)}"
+    health = f" ({status['health']})" if "health" in status else ""
+    return f"{folder.name} {word} at {status.get('step', 0)}{health}"
 
 
 def _scores(path: Path) -> list[str]:

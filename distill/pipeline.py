@@ -14,12 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from distill import export as exporting
-from distill import launch
+from distill import gates, launch
 from distill.config import Recipe
 from distill.data import dataset
-from distill.data.prepare import prepare
+from distill.data.prepare import prepare, read_fingerprint
 from distill.embedder import ensure_embedder
-from distill.engine import make_engine
+from distill.engine import Engine, make_engine
 from distill.engine.process import together
 from distill.errors import ExitCode, UserError
 from distill.evaluate import Bench, Row, data_row, measure_all, student_row, teacher_rows
@@ -27,7 +27,7 @@ from distill.options import Options
 from distill.report import assemble
 from distill.roles import build_roles, find_teacher, kept_teacher, network
 from distill.runs import read_status, run_folder, write_json
-from distill.samples import SampleHook
+from distill.samples import SampleHook, TeacherClips, teacher_clips
 from distill.state import checkpoint, lineage
 from distill.state.lineage import Manifest
 from distill.trainer import Trainer
@@ -50,8 +50,8 @@ def data(options: Options) -> None:
     print(f"Wrote {recipe.data.path}; next: make distill (or make teacher, to train the teacher again).")
 
 
-def train_stage(options: Options, stage: str) -> None:
-    """Train one stage, from its parent's checkpoint."""
+def train_stage(options: Options, stage: str, until: int | None = None) -> None:
+    """Train one stage, from its parent's checkpoint; `until` as in Trainer.fit."""
     recipe = options.load(stage)
     if stage == "stage4" and not recipe.student.refined:
         told = f"student.steps {list(recipe.student.steps)} leaves no step for a refiner: there is no stage 4"
@@ -65,6 +65,9 @@ def train_stage(options: Options, stage: str) -> None:
         need_data(recipe)
     teacher = None if stage == "teacher" else find_teacher(recipe, folder)
     parent = _parent(recipe, folder, teacher, options.parent)
+    forced = ""
+    if read_status(folder / stage).get("status") != "done":
+        forced = gates.check(recipe, parent, options.own.get("force", ""))
     source = dataset.load(Path(recipe.data.path), "train")
     trajectories = None
     if recipe.rollout is not None and recipe.rollout.kind in NEEDS_TRAJECTORIES:
@@ -78,8 +81,10 @@ def train_stage(options: Options, stage: str) -> None:
         with _timed(options, stage) if engine.is_main else nullcontext():
             roles = build_roles(recipe, teacher, parent, Path(recipe.data.path), engine.empty)
             roles.trajectories = trajectories
-            trainer = Trainer(recipe, run, roles, trajectories or source, engine, parent)
-            final = trainer.fit(SampleHook(Path(recipe.data.path), run.samples if engine.is_main else None))
+            notes = {"teacher": teacher.hash if teacher else None} | ({"forced": forced} if forced else {})
+            trainer = Trainer(recipe, run, roles, trajectories or source, engine, parent, notes)
+            pictures = run.samples if engine.is_main else None
+            final = trainer.fit(SampleHook(Path(recipe.data.path), pictures, _beside(recipe, teacher, engine)), until)
     print(f"Wrote {final}; next: {_next(stage)}.")
 
 
@@ -218,6 +223,15 @@ def _rows(bench: Bench, recipe: Recipe, folder: Path) -> list[Row]:
         online = OnlineLPM.from_pretrained(target)
         rows.append(student_row(bench, "online_lpm", online.fingerprint(), online.backbone, online.refiner))
     return rows
+
+
+def _beside(recipe: Recipe, teacher: Manifest | None, engine: Engine) -> TeacherClips | None:
+    """Where the teacher's clips are that stand beside a student's; rank 0 says for all whether they are there."""
+    if teacher is None:
+        return None
+    data = Path(recipe.data.path)
+    path = teacher_clips(data, read_fingerprint(data)["fingerprint"], teacher.hash)
+    return TeacherClips(path, engine.from_main(path.is_file()))
 
 
 def _parent(recipe: Recipe, folder: Path, teacher: Manifest | None, override: str | None) -> Manifest | None:

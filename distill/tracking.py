@@ -82,6 +82,10 @@ class Tracker:
         """A picture, uint8 [H, W, 3]."""
         self.writer.add_image(tag, image, step, dataformats="HWC")
 
+    def text(self, tag: str, step: int, text: str) -> None:
+        """Words for a text panel."""
+        self.writer.add_text(tag, text, step)
+
     def close(self) -> None:
         """Close the files. Half an interval is not written: after a resume it would stand there besides the whole."""
         self.bar.close()
@@ -125,6 +129,8 @@ class Silence:
     def event(self, step: int, scalars: Mapping[str, float]) -> None: ...
 
     def image(self, tag: str, step: int, image: Tensor) -> None: ...
+
+    def text(self, tag: str, step: int, text: str) -> None: ...
 
     def __enter__(self) -> "Silence":
         return self

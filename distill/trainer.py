@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from distill.contracts import Roles, Roll
 from distill.data.batch import Batch
 from distill.engine import Engine
 from distill.errors import ExitCode, UserError
+from distill.monitor import Monitor
+from distill.reference import Origin, Reference, bands_of, find, settings
 from distill.runs import StageRun
 from distill.state import store
 from distill.state.lineage import Manifest, describe
@@ -44,8 +46,16 @@ class Trainer:
     """One stage of training, resumable at any checkpoint."""
 
     def __init__(
-        self, recipe: Recipe, run: StageRun, roles: Roles, source: Source, engine: Engine, parent: Manifest | None
+        self,
+        recipe: Recipe,
+        run: StageRun,
+        roles: Roles,
+        source: Source,
+        engine: Engine,
+        parent: Manifest | None,
+        notes: dict[str, Any] | None = None,
     ):
+        """notes: what else the manifest is to say, `teacher` (hash) and `forced` (distill/gates.py) among it."""
         self.recipe, self.run, self.roles, self.source, self.engine, self.parent = (
             recipe,
             run,
@@ -75,6 +85,8 @@ class Trainer:
         self.optimizers = engine.optimizers
         self.ema = engine.average(self.product, recipe.train.ema, recipe.train.ema_start)
         roles.average = None if engine.sharded else self.ema.average  # updated in place
+        self.notes = notes or {}
+        self.monitor = Monitor(recipe, self.product, self.reference())
         self.step, self.skipped = 0, 0
         self.pending: dict[str, tuple[float, int]] = {}  # of an interval of the curves that a checkpoint cuts in two
         # Counted per role: a healthy critic must not hide a student that stands still.
@@ -82,15 +94,20 @@ class Trainer:
 
     # ---- the loop -----------------------------------------------------------------------------------------
 
-    def fit(self, sampler: Sampler | None = None) -> Path:
-        """Train to the last step, from the newest whole checkpoint if there is one; returns the final checkpoint."""
+    def fit(self, sampler: Sampler | None = None, until: int | None = None) -> Path:
+        """Train to the last step, from the newest whole checkpoint if there is one; returns the final checkpoint.
+        until: save and stop after this step, as if asked to."""
         self.resume()
         train, steps = self.recipe.train, self.recipe.train.steps
         self.run.say(self.setting())
+        if self.monitor.reference.why:
+            self.run.say(f"reference band: {self.monitor.reference.why}")
         saved: Path | None = None
         with self.tracker() as tracker, StopSignal(self.run.say, self.engine.processes > 1) as stop:
             if sampler is not None and self.step == 0:
                 self.show(sampler, tracker)
+            if self.step == 0:
+                self.monitor.check(0, {}, tracker, self.run, self.engine)
             while self.step < steps:
                 step = self.step + 1
                 logs: dict[str, float | Tensor] = {}
@@ -102,7 +119,8 @@ class Trainer:
                 self.run.note(step=step)
                 if sampler is not None and (step % train.sample_every == 0 or step == steps):
                     self.show(sampler, tracker)
-                stopping = self.engine.any(stop.requested)
+                self.monitor.check(step, logs, tracker, self.run, self.engine)  # before a collapse is saved
+                stopping = self.engine.any(stop.requested or step == until)
                 if step % train.save_every == 0 or step == steps or stopping:
                     self.pending = tracker.pending()
                     saved = self.save({name: float(value) for name, value in logs.items()})
@@ -134,6 +152,7 @@ class Trainer:
         self.engine.barrier()
 
     def _shown(self, scalars: dict[str, float], images: dict[str, Tensor], tracker: Tracker | Silence) -> None:
+        self.monitor.gauges(self.step, scalars)
         tracker.event(self.step, scalars)
         for tag, image in images.items():
             tracker.image(tag, self.step, image)
@@ -157,6 +176,7 @@ class Trainer:
             with engine.autocast():
                 roll = self.roll(batch, roles, phase)
                 loss, parts = self.loss(roll, roles, phase, step)
+            parts |= self.monitor.signals(batch, roll, phase.update)
             self.backward(phase.update, loss / train.grad_accumulation, roll, micro + 1 == train.grad_accumulation)
             for name, value in parts.items():
                 logs[name] = logs.get(name, 0.0) + value / train.grad_accumulation
@@ -165,7 +185,9 @@ class Trainer:
         rate = learning_rate(self.recipe.optimizer[phase.update], step, train.steps)
         finite = bool(torch.isfinite(norm)) and all(math.isfinite(float(value)) for value in logs.values())
         if finite:
-            engine.step(phase.update, rate)
+            with self.monitor.moving(engine, phase.update) as moved:
+                engine.step(phase.update, rate)
+            logs |= moved
             self.skipped_in_row[phase.update] = 0
         else:
             self.skip(step, phase.update, logs)
@@ -234,18 +256,20 @@ class Trainer:
 
     def save(self, metrics: dict[str, float]) -> Path:
         """Commit a checkpoint of every trained network, its optimizer, and the average of the product."""
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        meta = describe(self.recipe, self.step, self.parent, self.source.fingerprint, finite)
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)} | self.monitor.measured
+        meta = describe(self.recipe, self.step, self.parent, self.source.fingerprint, finite, self.notes)
+        best = self.monitor.keep(self.step)
         progress = {
             "step": self.step,
             "skipped": self.skipped,
             "in_row": self.skipped_in_row,
             "pending": self.pending,
+            "health": self.monitor.state(),
         }
         root, keep = self.run.checkpoints, self.recipe.train.keep
         carried = self.roles.carried
         return store.save(
-            self.engine, root, self.step, self.trained, self.product, self.ema, meta, keep, progress, carried=carried
+            self.engine, root, self.step, self.trained, self.product, self.ema, meta, keep, progress, carried, best
         )
 
     def resume(self) -> None:
@@ -257,6 +281,13 @@ class Trainer:
         self.step, self.skipped = found.progress["step"], found.progress["skipped"]
         self.skipped_in_row |= found.progress.get("in_row", {})
         self.pending = found.progress.get("pending", {})
+        self.monitor.load(found.progress.get("health", {}))
+
+    def reference(self) -> Reference:
+        """The band that this run's curves can be held against."""
+        above = settings(self.parent.recipe) if self.parent and self.parent.stage != "teacher" else None
+        origin = Origin(settings(self.recipe.resolved), self.source.fingerprint, self.notes.get("teacher"), above)
+        return find(bands_of(self.recipe), origin)
 
     def averaged_roles(self) -> AbstractContextManager[Roles]:
         """The roles with the product's averaged weights, for samples and scores."""

@@ -43,3 +43,26 @@ def gradient_energy(frames: Tensor) -> Tensor:
 def mean_color(frames: Tensor) -> Tensor:
     """frames [..., F, 3, H, W] -> mean color [..., F, 3]."""
     return frames.float().mean((-1, -2))
+
+
+def contrast_ratio(frames: Tensor, data: Tensor) -> Tensor:
+    """Spread of the pixels of each frame relative to the data's: 0 is one solid color."""
+    return ratio_of_sums(_contrast(frames), _contrast(data))
+
+
+def color_shift(frames: Tensor, data: Tensor) -> tuple[Tensor, Tensor]:
+    """(exposure, chroma) [N], [N]: how much brighter the clip is than the data's, and how far its mean color is off
+    beside that, root mean square over the channels."""
+    shift = (mean_color(frames).mean(1) - mean_color(data).mean(1)).double()  # [N, 3]
+    exposure = shift.mean(1)
+    return exposure, (shift - exposure[:, None]).square().mean(1).sqrt()
+
+
+def color_drift(frames: Tensor, chunk_frames: int = CHUNK_FRAMES) -> Tensor:
+    """Root mean square change of the mean color from the first chunk to the last, [N]."""
+    color = mean_color(frames).double()
+    return (color[:, -chunk_frames:].mean(1) - color[:, :chunk_frames].mean(1)).square().mean(1).sqrt()
+
+
+def _contrast(frames: Tensor) -> Tensor:
+    return torch.stack([clip.float().std((-2, -1)).mean().double() for clip in frames])

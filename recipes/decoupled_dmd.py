@@ -56,7 +56,8 @@ def term(roll: Roll, roles: Roles, cfg: Config) -> Term:
         distribution = distribution_part(x0, roll, roles, cfg)
         guidance = guidance_part(x0, roll, roles, cfg)
     logs = {"distribution": distribution.abs().mean(), "guidance": guidance.abs().mean()}
-    return Term(surrogate(roll.x0, distribution + guidance).value, logs)
+    value = surrogate(roll.x0, distribution + guidance)
+    return Term(value.value, value.logs | logs)
 
 
 def distribution_part(x0: Tensor, roll: Roll, roles: Roles, cfg: Config) -> Tensor:

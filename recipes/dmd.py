@@ -60,17 +60,21 @@ class Config:
 
 def term(roll: Roll, roles: Roles, cfg: Config) -> Term:
     """Surrogate whose gradient in roll.x0 is the normalized score difference."""
+    logs: dict[str, Tensor] = {}
     with torch.no_grad():
-        gradient = dmd_gradient(roll.x0.detach(), roll, roles, cfg)
-    return surrogate(roll.x0, gradient)
+        gradient = dmd_gradient(roll.x0.detach(), roll, roles, cfg, logs)
+    value = surrogate(roll.x0, gradient)
+    return Term(value.value, value.logs | logs)
 
 
-def dmd_gradient(x0: Tensor, roll: Roll, roles: Roles, cfg: Config) -> Tensor:
-    """g [B, T, C, H, W] at one random time per clip."""
+def dmd_gradient(x0: Tensor, roll: Roll, roles: Roles, cfg: Config, logs: dict[str, Tensor] | None = None) -> Tensor:
+    """g [B, T, C, H, W] at one random time per clip; `logs` takes `gap`, the mean size of x0_fake - x0_real."""
     xt, t = renoised(x0, "dmd", roles, cfg)
     critic = roles.dit("critic")
     real = x0_from_v(xt, guided_velocity(roles.dit("teacher"), xt, t, roll.cond, cfg.cfg), t)
     fake = x0_from_v(xt, critic(xt, t, roll.cond), t)
+    if logs is not None:
+        logs["gap"] = (fake - real).abs().mean()
     g = (fake - real) / chunk_scale(x0 - real, roles, cfg.floor)
     return g if cfg.divergence == "reverse-kl" else ratio_weight(xt, t, roll, roles, cfg) * g
 
@@ -103,6 +107,6 @@ def chunk_scale(difference: Tensor, roles: Roles, floor: float) -> Tensor:
 
 
 def surrogate(x0: Tensor, gradient: Tensor) -> Term:
-    """The loss whose gradient in x0 is `gradient` over the number of elements."""
+    """The loss whose gradient in x0 is `gradient` over the number of elements; `grad_norm` is that one's mean size."""
     target = x0.detach() - gradient
-    return Term((x0 - target).square().mean() / 2, {"gradient": gradient.abs().mean()})
+    return Term((x0 - target).square().mean() / 2, {"grad_norm": gradient.abs().mean()})

@@ -4,52 +4,23 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import latents, small_codec, small_dit, small_student
-from test_trainer import SIZES, FakeSource
-from torch import nn
+from shrunk import SMALL, TRAINED, trainer_of
 
 from distill import config
 from distill.config import Recipe
-from distill.contracts import Roles
-from distill.engine import Engine
-from distill.roles import term_heads
-from distill.runs import StageRun
 from distill.state import checkpoint
-from distill.trainer import Trainer
-from teacher.embedder import IdentityEmbedder
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL = {"dim": 16, "depth": 2, "heads": 1, "ffn_dim": 16, "channels": 4, "text_dim": 6, "mels": 4}
-SMALL = [
-    *(f"model.{name}={value}" for name, value in MODEL.items()),
-    "model.references=[global, expression]",
-    *(f"student.{name}=1" for name in ("chunk_frames", "sink_chunks", "window_chunks")),
-    "train.batch_size=2",
-    "train.precision=fp32",
-]
 
 
 def train(recipe: Recipe, folder: Path) -> set[str]:
     """Train small networks by the recipe; the roles that moved."""
-    stream, trained = recipe.student, {phase.update for phase in recipe.phases}
-    models: dict[str, nn.Module] = {"teacher": small_dit(1, **SIZES)}
-    if "critic" in trained:
-        models["critic"] = small_dit(2, **SIZES)
-        models["critic"].add_module("heads", term_heads(recipe))
-    for role in {"student", "refiner"} & trained | ({"backbone"} if "refiner" in trained else set()):
-        models[role] = small_student(stream, 3, **SIZES, flow_map=recipe.model.flow_map)
-    # Recovering takes a true chunk, two of the student's own, and the next true one.
-    frames = 4 if "recover" in [term.name for phase in recipe.phases for term in phase.terms] else 2
-    states = [latents(frames, seed=seed).float() for seed in range(len(stream.steps) + 1)]
-    paths = SimpleNamespace(states=lambda index: torch.stack(states, 1))
-    embedder = IdentityEmbedder(4, 4, 4).requires_grad_(False)
-    roles = Roles(models, stream, small_codec().float(), embedder, trajectories=paths)
+    trainer = trainer_of(recipe, folder)
+    models = trainer.roles.models
     before = {name: [p.clone() for p in model.parameters()] for name, model in models.items()}
-    trainer = Trainer(recipe, StageRun(folder, done=False), roles, FakeSource(frames=frames), Engine(), parent=None)
     assert checkpoint.verify(trainer.fit()) is None and trainer.skipped == 0
     same = {name: all(map(torch.equal, old, models[name].parameters())) for name, old in before.items()}
     return {name for name, unmoved in same.items() if not unmoved}
@@ -93,10 +64,6 @@ def test_every_distribution_matching_term_trains_on_every_rollout_of_the_student
     (tmp_path / "r.yaml").write_text(RECIPE.format(stage=stage, kind=kind, head=head, role=role, term=term))
     # A head that knows nothing yet gives nothing to a student in the first step; in the second it does.
     assert train(config.load(tmp_path / "r.yaml", SMALL), tmp_path) == {"critic", role}
-
-
-SHIPPED = [path for path in sorted((ROOT / "recipes" / "tiny").rglob("*.yaml")) if "base" not in path.stem]
-TRAINED = [path for path in SHIPPED if "teacher" != path.stem and not path.stem.startswith("trajectories")]
 
 
 @pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)

@@ -38,7 +38,7 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "recipes" / "tiny" / "ar-teacher.yaml").write_text(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(pipeline, "SampleHook", lambda data, samples: gauge)
+        patch.setattr(pipeline, "SampleHook", lambda *_: gauge)
         pipeline.train_stage(Options(run="origin", overrides=SHORT[:3]), "teacher")
     return folder
 
@@ -46,7 +46,7 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def inside(small_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(small_world)
-    monkeypatch.setattr(pipeline, "SampleHook", lambda data, samples: gauge)
+    monkeypatch.setattr(pipeline, "SampleHook", lambda *_: gauge)
 
 
 def options(run: str, *overrides: str, recipe: Path | None = None) -> Options:

@@ -79,8 +79,10 @@ def describe(
     parent: Manifest | None = None,
     data_fingerprint: str | None = None,
     metrics: dict[str, Any] | None = None,
+    notes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a checkpoint of this recipe says about itself: the `meta` of `checkpoint.save`."""
+    """What a checkpoint of this recipe says about itself: the `meta` of `checkpoint.save`. notes: further entries, such
+    as `forced`, the reason for which the parent was taken though it did not pass the gate."""
     return {
         "name": recipe.name,
         "stage": recipe.stage,
@@ -93,6 +95,7 @@ def describe(
         "code": {**code_version(), **{f"{name}.py": file_hash(path) for name, path in own_files(recipe).items()}},
         "metrics": metrics or {},
         "environment": environment(),
+        **(notes or {}),
     }
 
 
@@ -154,7 +157,8 @@ def tree(path: str | Path) -> str:
 
 
 def _line(manifest: Manifest) -> str:
-    return f"{manifest.stage} {manifest.scale} step {manifest.step}  {manifest.hash[:12]}  {manifest.path}"
+    forced = f"  (forced: {manifest.data['forced']})" if manifest.data.get("forced") else ""
+    return f"{manifest.stage} {manifest.scale} step {manifest.step}  {manifest.hash[:12]}  {manifest.path}{forced}"
 
 
 def _target(stage: str) -> str:

@@ -36,9 +36,10 @@ def save(
     keep: int,
     progress: dict[str, Any],
     carried: dict[str, Tensor] | None = None,
+    best: int | None = None,
 ) -> Path:
     """Commit a checkpoint of every trained network, its optimizer, the average of the product, and what the rollout
-    carries from step to step."""
+    carries from step to step; that of the step `best` is never pruned."""
     engine.barrier()
     if engine.sharded:
         parts = _pieces(engine, trained, product, ema)
@@ -46,7 +47,7 @@ def save(
             parts[CARRIED] = [_rows(engine, name, tensor) for name, tensor in carried.items()]
         target = _save_pieces(engine, root, step, parts, meta, progress)
         if engine.is_main:
-            checkpoint.prune(root, keep)
+            checkpoint.prune(root, keep, best)
     else:
         target = root / f"step_{step:08d}"
         everyone = engine.gather({name: tensor.cpu() for name, tensor in (carried or {}).items()})
@@ -58,7 +59,7 @@ def save(
             state["ema"] = ema.state()
             if carried:
                 state[CARRIED] = {name: torch.cat([rows[name] for rows in everyone]) for name in carried}
-            target = checkpoint.save(root, step, state, meta, keep, progress=progress)
+            target = checkpoint.save(root, step, state, meta, keep, progress, best)
     engine.barrier()
     return target
 

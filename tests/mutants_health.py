@@ -1,0 +1,29 @@
+"""Mutants of the verdict, the bands and the gates; see tests/mutants.py."""
+
+from __future__ import annotations
+
+HEALTH: dict[tuple[str, str], list[tuple[str, str, str]]] = {
+    ("distill/health.py", "health"): [
+        (
+            "return (value - self.ideal) / (at - self.ideal)",
+            "return (self.ideal - value) / (at - self.ideal)",
+            "severity",
+        ),
+        ("limit.picture and step < config.after", "step < config.after", "silent audio waits as pictures do"),
+        ("lost and limit.picture)", "lost)", "every stop is a collapse"),
+    ],
+    ("distill/monitor.py", "health"): [
+        ("(batch.state == code).any(1) & quiet", "quiet", "silence where nobody speaks"),
+        ("severity < self.best[1]", "severity > self.best[1]", "the worst checkpoint is kept"),
+        ("(moved / size.clamp_min(1e-30)).sqrt()", "moved / size.clamp_min(1e-30)", "size of an update squared"),
+    ],
+    ("distill/reference.py", "health"): [
+        ("value < known[1] or value > known[2]", "value > known[2]", "nothing is below a band"),
+        ("(1 + 1 / seeds)", "(1 / seeds)", "the interval of the mean instead of a run's"),
+        ("if band.origin == origin:", "if True:", "bands of other data speak"),
+    ],
+    ("distill/gates.py", "health"): [
+        ("value >= wanted if least else value <= wanted", "value >= wanted", "a seam must be large"),
+        ("    if not forced:\n", "    if False:\n", "gates never close"),
+    ],
+}
