@@ -89,14 +89,20 @@ def controls(data: LatentDataset, plan: Plan, chunk_frames: int) -> list[Source]
     """Ground truth through the codec (what rows are held against), another draw of it as drawn, the same with identity
     parameters that move at a known rate, and a reference that stands still."""
     codec = data.codec()
+    moves: dict[tuple[int, int, int], Tensor] = {}  # of one group: two rows show the same draw
+
+    def motion_of(case: Case, draw: int, index: int) -> Tensor:
+        first = int(case.index[0])
+        if any(key[0] != first for key in moves):
+            moves.clear()
+        if (first, draw, index) not in moves:
+            moves[first, draw, index] = truth_motion(case, plan, draw, index)
+        return moves[first, draw, index]
 
     def drawn(draw: int, rate: float, encoded: bool, case: Case, spans: Sequence[Span]) -> Iterator[Tensor]:
-        known: dict[int, Tensor] = {}
         for start, stop in spans:
             index, inner = divmod(start, plan.period)
-            if index not in known:
-                known = {index: truth_motion(case, plan, draw, index)}
-            motion = known[index][:, inner : inner + stop - start]
+            motion = motion_of(case, draw, index)[:, inner : inner + stop - start]
             frames = moved(data, case, motion, start, rate)
             yield to_bytes(through(codec, frames)) if encoded else frames
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from evaluation.drift_report import aims, trust
 from evaluation.page import shell
-from evaluation.plots import Chart, Series, line_chart
+from evaluation.plots import Chart, Series
+from evaluation.report import charts, section
 
 CONTROLS = {
     "truth": "data, another draw",
@@ -46,6 +47,7 @@ CURVES = (  # (title, measure, rows beside the subject, note)
     ("Sharpness", "sharpness", ("truth", "codec"), "over the data's"),
     ("Seams", "seam", ("codec",), "jump at chunk borders"),
 )
+LIST = 'ul class="marks"'
 STYLE = """
 <style>.wide { overflow-x:auto } .wide table { min-width:980px } .wide td small { white-space:nowrap; display:block }
 .marks { list-style:none; padding:0; margin:10px 0 0 } .marks li { padding:5px 0; border-top:1px solid var(--line) }
@@ -80,13 +82,11 @@ def page(facts: Mapping[str, Any]) -> str:
         f'<p class="quiet">{escape(setting(facts))}</p>',
         f'<div class="verdict {kind}"><div class="seal">{"✓" if kind else "✗"}</div><div>'
         f"<b>{escape(verdict(missed, broken))}</b><p>{escape(horizon(facts))}</p></div></div>",
-        '<div class="two">',
-        f'<section><h2>Aims</h2><ul class="marks">{marks(reached)}</ul></section>',
-        f'<section><h2>Can the measure be trusted</h2><ul class="marks">{marks(shown)}</ul></section></div>',
-        f'<section><h2>Every row</h2><p class="quiet">{escape(HOW)}</p>',
-        f'<div class="wide">{html_table(facts)}</div></section>',
-        f'<section><h2>Over the stream</h2><div class="charts">{"".join(cards(facts))}</div></section>',
-        f'<section><h2>How it was measured</h2><p class="quiet">{escape(method(facts))}</p></section>',
+        f'<div class="two"><div>{section("Aims", "", marks(reached), LIST)}</div>',
+        f"<div>{section('Can the measure be trusted', '', marks(shown), LIST)}</div></div>",
+        section("Every row", escape(HOW), html_table(facts), 'div class="wide"'),
+        section("Over the stream", "", charts(list(drawn(facts))), 'div class="charts"'),
+        section("How it was measured", escape(method(facts)), " "),
     ]
     return shell(f"Drift of {facts['subject']}", "".join(body))
 
@@ -164,32 +164,21 @@ def html_table(facts: Mapping[str, Any]) -> str:
     return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
-def cards(facts: Mapping[str, Any]) -> Iterator[str]:
-    """The curves as cards."""
+def drawn(facts: Mapping[str, Any]) -> Iterator[Chart]:
+    """The curves."""
     rows, subject = facts["rows"], facts["subject"]
     others = [name for name, _ in rows_of(facts) if name not in CONTROLS and name != subject]
     for title, measure, controls, note in CURVES:
         named = [name for name in (subject, *others, *controls) if measure in rows[name]["curves"]]
-        yield card(Chart(title, "minutes", "", [series(name, rows[name]["curves"][measure]) for name in named], note))
+        yield Chart(title, "minutes", "", [series(name, rows[name]["curves"][measure]) for name in named], note)
     motion = [series(state, rows[subject]["curves"][f"motion_{state}"]) for state in STATES]
-    yield card(Chart("Motion by state, over the data's", "minutes", "", motion, "1 is as lively as the data"))
+    yield Chart("Motion by state, over the data's", "minutes", "", motion, "1 is as lively as the data")
     shares = [steps(name, row["identity_survival"]) for name, row in rows_of(facts) if "identity_survival" in row]
-    yield card(Chart("Still recognized as themselves", "minutes", "", shares, "share of characters, Kaplan-Meier"))
-    delays = [
-        Series(name, [m + 0.5 for m in range(len(row[key]))], row[key])
-        for name, row in rows_of(facts)
-        if name in (subject, "codec")
-        for key in ("nod_delay_ms_per_minute",)
-        if key in row
-    ]
-    yield card(Chart("Delay of the reaction, ms", "minutes", "", delays, "of the nod after what is heard"))
-
-
-def card(chart: Chart) -> str:
-    """A chart with its title."""
-    return (
-        f'<div class="card"><h3>{escape(chart.title)}</h3>{line_chart(chart)}<small>{escape(chart.note)}</small></div>'
-    )
+    yield Chart("Still recognized as themselves", "minutes", "", shares, "share of characters, Kaplan-Meier")
+    late = "nod_delay_ms_per_minute"
+    delays = [Series(CONTROLS.get(n, n), [m + 0.5 for m in range(len(rows[n][late]))], rows[n][late])
+              for n in (subject, "codec")]  # fmt: skip
+    yield Chart("Delay of the reaction, ms", "minutes", "", delays, "of the nod after what is heard")
 
 
 def series(name: str, curve: Mapping[str, Any]) -> Series:

@@ -135,8 +135,8 @@ def aims(facts: Mapping[str, Any]) -> list[tuple[str, str, bool | None]]:
     rows, out = facts["rows"], []
     subject = rows[facts["subject"]]
     for name, label in IDENTITIES.items():
-        slope = subject[f"{name}_slope_per_min"]
-        start, end = subject[f"{name}_first_minute"]["mean"], subject[f"{name}_last_minute"]["mean"]
+        slope = _known(subject[f"{name}_slope_per_min"])
+        start, end = (_known(subject[f"{name}_{which}_minute"])["mean"] for which in ("first", "last"))
         told = f"{slope['mean']:+.4f} per minute [{slope['low']:+.4f}, {slope['high']:+.4f}]"
         out.append((f"no slope of identity, {label}", told, slope["low"] <= 0 <= slope["high"]))
         change = end / start - 1 if start else math.nan
@@ -146,11 +146,12 @@ def aims(facts: Mapping[str, Any]) -> list[tuple[str, str, bool | None]]:
                 subject["identity_failed"] == 0))  # fmt: skip
     against, what = motion_yardstick(rows)
     for state in ("speak", "listen", "silence"):
-        ratio = subject["motion_ratio"][state]["mean"] / against[state]
+        ratio = _known(subject["motion_ratio"][state])["mean"] / against[state]
         out.append(
             (f"motion at least {LEAST_MOTION:.0%} of the {what}, {state}", f"{ratio:.2f}", ratio >= LEAST_MOTION)
         )
-    kept = subject["sync_last_minute"]["mean"] / subject["sync_first_minute"]["mean"]
+    first, last = (_known(subject[f"sync_{which}_minute"])["mean"] for which in ("first", "last"))
+    kept = last / first if first else math.nan
     out.append((f"lip sync at the end at least {LEAST_SYNC:.0%} of the beginning", f"{kept:.3f}", kept >= LEAST_SYNC))
     copies, usual = subject["copy_last_minute"], rows["codec"]["copy_last_minute"]
     out.append(("no more copies of references and sink than the data has, twice over",
@@ -170,11 +171,11 @@ def trust(facts: Mapping[str, Any]) -> list[tuple[str, str, bool | None]]:
     rows, found = facts["rows"], facts["recovery"]
 
     def flat(name: str) -> tuple[str, bool]:
-        slope = rows[name]["identity_slope_per_min"]
+        slope = _known(rows[name]["identity_slope_per_min"])
         told = f"{slope['mean']:+.4f} [{slope['low']:+.4f}, {slope['high']:+.4f}]"
         return told, slope["low"] <= 0 <= slope["high"]
 
-    slope, wanted = found["measured_slope_per_min"], found["expected_slope_per_min"]
+    slope, wanted = _known(found["measured_slope_per_min"]), found["expected_slope_per_min"]
     frozen = max(entry["mean"] for entry in rows["frozen"]["motion_ratio"].values())
     return [
         ("the data does not drift", *flat("truth")),
@@ -206,3 +207,8 @@ def by_minute(curve: Tensor, minutes: Tensor) -> list[float]:
 def _mean_of(points: list[dict[str, float]]) -> float:
     known = [point["mean"] for point in points if not math.isnan(point["mean"])]
     return sum(known) / len(known) if known else math.nan
+
+
+def _known(entry: Mapping[str, Any]) -> dict[str, float]:
+    """An interval as drift.json keeps it, with NaN for what does not exist."""
+    return {key: math.nan if value is None else value for key, value in entry.items()}

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from mutants_drift import DRIFT
 from mutants_objectives import OBJECTIVES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -513,7 +514,7 @@ def run(folder: Path, areas: str) -> bool:
 
 
 def main(words: list[str]) -> int:
-    table = MUTANTS | OBJECTIVES
+    table = MUTANTS | OBJECTIVES | DRIFT
     every = [(path, areas, *mutant) for (path, areas), mutants in table.items() for mutant in mutants]
     chosen = [mutant for mutant in every if not words or any(word in mutant[0] + mutant[4] for word in words)]
     with tempfile.TemporaryDirectory() as temporary:

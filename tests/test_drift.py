@@ -25,6 +25,8 @@ from distill.drift_keep import Keeper
 from distill.drift_rows import Source, controls, moved, streamed
 from distill.errors import UserError
 from evaluation import aging
+from evaluation.arms import Arm
+from evaluation.arms_charts import LONG, long_lines
 from evaluation.drift_page import page, table
 from evaluation.judge import Judge, face_distance, prototype_loss
 from evaluation.recurrence import Layout, copy_distance, motion_curves
@@ -274,3 +276,15 @@ def test_a_session_is_timed_young_and_old():
     found = aging.age(model, references, "", audio, lambda chunks: iter(chunks), young=6, old=20, pairs=4)
     assert found["chunk_seconds_100"] > 0 and found["chunk_seconds_10000"] > 0
     assert found["peak_mb_10000"] >= found["peak_mb_100"] > 0
+
+
+def test_compared_arms_show_their_minutes_over_each_other():
+    def told(level: float) -> dict:
+        curve = {"minutes": [0.2, 0.7], "mean": [level, level + 1]}
+        return {"subject": "stage3", "rows": {"stage3": {"curves": dict.fromkeys(LONG, curve)}}}
+
+    arms = [Arm("a", (0, 1), {}, long=[told(1.0), told(3.0)]), Arm("b", (0, 1), {}, long=[told(5.0), told(5.0)])]
+    charts = long_lines([*arms, Arm("without", (0, 1), {})])
+    assert len(charts) == len(LONG)
+    assert [(line.name, line.y) for line in charts[0].series] == [("a", [2.0, 3.0]), ("b", [5.0, 6.0])]
+    assert long_lines([Arm("without", (0,), {})]) == []
