@@ -113,7 +113,8 @@ def horizon(facts: Mapping[str, Any]) -> str:
     said = f"{minutes:g} minutes, {facts['characters']} characters"
     short = [
         *([f"a slope over {minutes:g} minutes says little about ten"] if minutes < 10 else []),
-        *(["fewer than 24 characters give wide intervals"] if facts["characters"] < 24 else []),
+        *(["fewer than 24 characters give wide intervals"] if 8 <= facts["characters"] < 24 else []),
+        *(["intervals over fewer than 8 characters are too short"] if facts["characters"] < 8 else []),
     ]
     return f"{said}: {'; '.join(short)}." if short else f"{said}."
 

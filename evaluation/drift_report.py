@@ -132,7 +132,8 @@ AGES = ("chunk_seconds_100", "chunk_seconds_10000", "peak_mb_100", "peak_mb_1000
 
 def aims(facts: Mapping[str, Any]) -> list[tuple[str, str, bool | None]]:
     """(aim, measured, reached) of the stream, None where it was not measured. `facts` is drift.json."""
-    rows, out = facts["rows"], []
+    rows = facts["rows"]
+    out: list[tuple[str, str, bool | None]] = []
     subject = rows[facts["subject"]]
     for name, label in IDENTITIES.items():
         slope = _known(subject[f"{name}_slope_per_min"])

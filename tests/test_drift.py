@@ -24,6 +24,7 @@ from distill.drift import Subject, injected_distance, layout_of
 from distill.drift_keep import Keeper
 from distill.drift_rows import Source, controls, moved, streamed
 from distill.errors import UserError
+from distill.options import Options
 from evaluation import aging
 from evaluation.arms import Arm
 from evaluation.arms_charts import LONG, long_lines
@@ -119,6 +120,12 @@ def test_a_plan_without_two_returns_is_refused():
 def test_more_characters_than_there_are_are_refused(data: Data):
     with pytest.raises(UserError, match="CHARACTERS"):
         people(data, 4)
+
+
+@pytest.mark.parametrize(("minutes", "characters"), [("ten", ""), ("0.2", ""), ("10.3", ""), ("", "1"), ("", "2.5")])
+def test_sizes_that_make_no_sense_are_refused_in_a_sentence(minutes: str, characters: str):
+    with pytest.raises(UserError, match="MINUTES|CHARACTERS"):
+        command._sizes(Options(own={"minutes": minutes, "characters": characters}))
 
 
 # windows

@@ -43,7 +43,7 @@ class Plan:
     def __post_init__(self):
         if any(2 * s % 1 for s in (self.lead, self.silence, self.speak, self.listen, self.filler)):
             raise ValueError("the parts of a plan must be multiples of half a second")
-        if self.lead < 1.5 or min(self.silence, self.speak, self.listen) < 1 or self.returns < 2:
+        if self.lead < 1.5 or min(self.silence, self.speak, self.listen, self.filler) < 1 or self.returns < 2:
             raise ValueError(
                 f"a plan needs a lead of 1.5 s, parts of at least 1 s and two returns of A in {self.minutes:g} minutes"
             )
@@ -169,9 +169,9 @@ def lay_out(said: dict[int, list[speech.Utterance]], plan: Plan, row: int) -> tu
         other = timeline.plan_stream("mix", plan.period - plan.block, generator)
         blocks.append(_without_past(*timeline.lay(other, said, generator)))
         filled += plan.period
-    speak, listen, state = (torch.cat([block[i] for block in blocks]) for i in range(3))
+    speak, listen, track = (torch.cat([one[i] for one in blocks]) for i in range(3))
     past, samples = torch.zeros(sample_at(PAST_FRAMES)), sample_at(plan.frames)
-    return torch.cat([past, speak[:samples]]), torch.cat([past, listen[:samples]]), state[: plan.frames]
+    return torch.cat([past, speak[:samples]]), torch.cat([past, listen[:samples]]), track[: plan.frames]
 
 
 def _without_past(speak: Tensor, listen: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
