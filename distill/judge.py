@@ -20,8 +20,8 @@ from distill.data.batch import keyed_generator
 from distill.data.prepare import by_state, draw_references, perform
 from distill.data.version import source_hash
 from distill.tracking import progress
-from evaluation import geometry, judge, survival
-from evaluation.identity import identity_distance, reference_identity
+from evaluation import geometry, identity, judge, survival
+from evaluation.identity import identity_distance, stills_identity
 from evaluation.judge import Judge, face_distance, prototype_loss, small
 from teacher.codec import STRIDE, PCACodec
 
@@ -34,7 +34,7 @@ SEED = 20_071  # far from those of training
 def ensure_judge(data: Path) -> Judge:
     """The judge of a data set, trained and measured first if it is missing; half a minute once."""
     test = dataset.load(data, "test")
-    modules = (judge, geometry, survival, sys.modules[__name__])
+    modules = (judge, geometry, identity, survival, sys.modules[__name__])
     content = json.dumps([test.fingerprint, source_hash(modules), STEPS, STRANGERS])
     name = hashlib.sha256(content.encode()).hexdigest()[:12]
     folder = Path(data) / "drift" / f"judge-{name}"
@@ -109,11 +109,11 @@ def calibrate(model: Judge, data: Path, codec: PCACodec, size: int, count: int =
         pictures = codec.decode(codec.encode_image(drawn.flatten(0, 1))[:, None])[:, 0].unflatten(0, shape)
         there = torch.ones(shape, dtype=torch.bool)
         seen.append(geometry.measure(frames).identity)
-        anchors.append(reference_identity(geometry.measure(pictures).identity, there))
+        anchors.append(stills_identity(pictures, there))
         faces.append(model(frames).mean(1))
         own_faces.append(model(pictures).mean(1))
-    identity, anchor, face, own = (torch.cat(part) for part in (seen, anchors, faces, own_faces))
-    by_geometry = torch.stack([identity_distance(identity, one.expand_as(anchor)) for one in anchor], 1)
+    shown, anchor, face, own = (torch.cat(part) for part in (seen, anchors, faces, own_faces))
+    by_geometry = torch.stack([identity_distance(shown, one.expand_as(anchor)) for one in anchor], 1)
     by_judge = face_distance(face[:, None], own[None])
     same = torch.eye(count, dtype=torch.bool)
     return {

@@ -22,17 +22,19 @@ CONTROLS = {
     "shuffled": "stream, time shuffled",
     "injected shuffled": "injected, time shuffled",
 }
+MOTION = "motion"
 COLUMNS = (  # (heading, key of a row, digits, what the tool tip says)
     ("identity, min. 1", "identity_first_minute", 3, "distance to the references in the exact geometry"),
     ("last min.", "identity_last_minute", 3, "the same in the last minute"),
     ("slope / min", "identity_slope_per_min", 4, "interval over characters"),
-    ("residual slope", "residual_slope_per_min", 4, "what pose, mouth and lids do not explain"),
+    ("without pose", "residual_slope_per_min", 4, "slope of what pose, mouth and lids do not explain"),
     ("judge slope", "judge_slope_per_min", 4, "of an embedder that no loss has seen"),
+    *((f"motion, {state}", f"{MOTION} {state}", 2, "over the data's") for state in ("speak", "listen", "silence")),
     ("sync, min. 1", "sync_first_minute", 3, "correlation of mouth and speech"),
     ("last min.", "sync_last_minute", 3, "the same in the last minute"),
     ("copies", "copy_last_minute", 3, "frames that repeat a reference or the first chunk, last minute"),
     ("color", "color_last_minute", 1, "distance of the mean color to the first return's, of 255"),
-    ("sharpness", "sharpness_last_minute", 2, "gradient energy over the data's, last minute"),
+    ("sharp", "sharpness_last_minute", 2, "gradient energy over the data's, last minute"),
     ("seams", "seam_last_minute", 2, "jump at chunk borders over that at other latent borders"),
 )
 STATES = ("speak", "listen", "silence")
@@ -49,9 +51,12 @@ CURVES = (  # (title, measure, rows beside the subject, note)
 )
 LIST = 'ul class="marks"'
 STYLE = """
-<style>.wide { overflow-x:auto } .wide table { min-width:980px } .wide td small { white-space:nowrap; display:block }
+<style>
+.wide { overflow-x:auto } .wide th, .wide td { padding:6px 7px; font-size:.84rem }
+.wide td small { white-space:nowrap; display:block }
 .marks { list-style:none; padding:0; margin:10px 0 0 } .marks li { padding:5px 0; border-top:1px solid var(--line) }
-.marks b { display:inline-block; width:1.4em } .marks .yes b { color:var(--good) } .marks .no b { color:var(--bad) }
+.marks b { display:inline-block; width:1.4em }
+.marks .ok b { color:var(--good) } .marks .missed b { color:var(--bad) }
 .two { display:grid; grid-template-columns:repeat(auto-fit,minmax(320px,1fr)); gap:8px 40px }
 tr.control th, tr.control td { color:var(--quiet) }</style>"""
 
@@ -110,9 +115,9 @@ def verdict(missed: Sequence[str], broken: Sequence[str]) -> str:
 def horizon(facts: Mapping[str, Any]) -> str:
     """What a short stream cannot say."""
     minutes = facts["settings"]["minutes"]
-    said = f"{minutes:g} minutes, {facts['characters']} characters"
+    said = f"{minutes:g} {'minute' if minutes == 1 else 'minutes'}, {facts['characters']} characters"
     short = [
-        *([f"a slope over {minutes:g} minutes says little about ten"] if minutes < 10 else []),
+        *(["a slope over so short a time says little about ten minutes"] if minutes < 10 else []),
         *(["fewer than 24 characters give wide intervals"] if 8 <= facts["characters"] < 24 else []),
         *(["intervals over fewer than 8 characters are too short"] if facts["characters"] < 8 else []),
     ]
@@ -152,11 +157,11 @@ def rows_of(facts: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 def html_table(facts: Mapping[str, Any]) -> str:
     """Every row with every measure."""
     head = "".join(f'<th title="{escape(tip)}">{escape(name)}</th>' for name, _, _, tip in COLUMNS)
-    head += "".join(f"<th>motion, {state}</th>" for state in STATES) + "<th>failed</th>"
+    head += "<th>failed</th>"
     lines = []
     for name, row in rows_of(facts):
-        cells = [html_interval(row.get(key), digits) for _, key, digits, _ in COLUMNS]
-        cells += [html_interval(row["motion_ratio"].get(state), 2) for state in STATES]
+        told = {**row, **{f"{MOTION} {state}": entry for state, entry in row["motion_ratio"].items()}}
+        cells = [html_interval(told.get(key), digits) for _, key, digits, _ in COLUMNS]
         failed = row.get("identity_failed")
         cells.append("–" if failed is None else f"{failed}<small>of {failed + row['identity_censored']}</small>")
         kind = ' class="control"' if name in CONTROLS else ""
@@ -202,7 +207,7 @@ def steps(name: str, survival: Mapping[str, Any]) -> Series:
 
 def marks(found: Sequence[tuple[str, str, bool | None]]) -> str:
     """Aims as list items."""
-    kinds = {True: "yes", False: "no", None: "open"}
+    kinds = {True: "ok", False: "missed", None: "open"}
     return "".join(
         f'<li class="{kinds[ok]}"><b>{glyph(ok)}</b>{escape(what)}: {escape(told)}</li>' for what, told, ok in found
     )

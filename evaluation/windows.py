@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from evaluation.geometry import measure
-from evaluation.identity import reference_identity
+from evaluation.identity import reference_identity, stills_identity
 from evaluation.judge import Judge
 from evaluation.quality import LATENT_FRAMES, gradient_energy, mean_color
 
@@ -80,7 +80,7 @@ class Anchor:
 def anchor_of(stills: Tensor, mask: Tensor, judge: Judge) -> Anchor:
     """Reference images [N, R, 3, H, W] in [0, 1], mask [N, R] bool."""
     face = reference_identity(judge(stills), mask)
-    return Anchor(reference_identity(measure(stills).identity, mask), face)
+    return Anchor(stills_identity(stills, mask), face)
 
 
 class Look:

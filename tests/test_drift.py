@@ -29,6 +29,8 @@ from evaluation import aging
 from evaluation.arms import Arm
 from evaluation.arms_charts import LONG, long_lines
 from evaluation.drift_page import page, table
+from evaluation.geometry import measure
+from evaluation.identity import stills_identity
 from evaluation.judge import Judge, face_distance, prototype_loss
 from evaluation.recurrence import Layout, copy_distance, motion_curves
 from evaluation.windows import TRACKS, Windows, border_changes
@@ -226,6 +228,16 @@ def test_injected_parameters_move_at_their_rate(data: Data):
     minute = moved(data, case, still, start=24 * 60, rate=1.0)
     there = puppet.render(data.characters[[1, 2]], still, data.size)
     assert (minute.int() - there.int())[:, 0].abs().max() <= 1
+
+
+def test_references_are_measured_apart_whatever_lies_in_empty_slots():
+    stills = puppet.render(puppet.sample_identities(3, 1, "stills"), 0.5 * torch.rand(3, 3, 10), 64).float() / 255
+    one = torch.tensor([[True, False, False]]).expand(3, -1)
+    gray = stills.clone()
+    gray[:, 1:] = 0.5
+    assert torch.equal(stills_identity(stills, one), stills_identity(gray, one))
+    alone = measure(stills[:, :1]).identity[:, 0]
+    assert torch.allclose(stills_identity(stills, one), alone, atol=1e-5)
 
 
 def test_drift_is_measured_kept_and_told(data: Data, tmp_path: Path):

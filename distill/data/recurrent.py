@@ -145,8 +145,8 @@ def recurrent_case(dataset: LatentDataset, rows: Tensor, plan: Plan) -> Case:
 
 
 def truth_motion(case: Case, plan: Plan, draw: int, index: int) -> Tensor:
-    """How the characters move in return `index` of block A, as the data has it [N, G, P]; the idle part of it is new
-    in every return and every `draw`."""
+    """How the characters move in return `index` of block A, as the data has it [N, G, P]; the idle part of it,
+    and the small offset of the pose, are new in every return and every `draw`."""
     moves = []
     for row, wave, labels in zip(case.index.tolist(), case.waves, case.labels, strict=True):
         idle = np.random.default_rng((plan.seed, row, draw, index))
