@@ -35,7 +35,8 @@ RUN_IT = $(PYTHON) -m distill
 
 .DEFAULT_GOAL := help
 .PHONY: help online-lpm data teacher ar-teacher keep-teacher trajectories distill distill-stage1 distill-stage2 \
-        distill-stage3 distill-stage4 export consolidate evaluate report ablate score compare bands stream serve latency doctor \
+        distill-stage3 distill-stage4 export consolidate evaluate report ablate score compare bands stream serve latency drift \
+        doctor \
         lineage recipes validate plan runs diff import-wan gpu-check test mutants objectives lint types gpu ci smoke clean \
         clean-venv
 
@@ -100,6 +101,10 @@ serve: $(VENV)/.serve ## a live page: [MODEL=folder] [COMPARE=folder] [PORT=8000
 
 latency: $(VENV)/.installed ## time per chunk, first frame, memory over an hour, and against the teacher (HORIZON=seconds)
 	@$(RUN_IT) latency $(ARGS) --model '$(MODEL)' --horizon '$(HORIZON)'
+
+drift: $(VENV)/.installed ## identity, motion and sync over MINUTES=10 of CHARACTERS=24, with controls ([BASELINE="teacher undistilled"] [STAGE=] [MODEL=])
+	@$(RUN_IT) drift $(ARGS) --minutes '$(MINUTES)' --characters '$(CHARACTERS)' --baseline '$(BASELINE)' --stage '$(STAGE)' \
+	  --model '$(MODEL)' --age '$(AGE)'
 
 # ---- looking --------------------------------------------------------------------------------------------------
 

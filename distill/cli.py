@@ -151,6 +151,19 @@ COMMANDS = {
             ("horizon", "seconds of video to stream (default: 3600)"),
         ),
     ),
+    "drift": Command(
+        "stream held-out characters for minutes and measure whether they stay who they are and alive, with controls",
+        "distill.drift:drift",
+        several=True,
+        own=(
+            ("minutes", "length of each stream (default: 10)"),
+            ("characters", "how many held-out characters (default: 24)"),
+            ("baseline", "rows beside it, 'teacher undistilled stage2' (the teacher for its motion alone)"),
+            ("stage", "stage1 to stage4, online_lpm or undistilled (default: the export, or the last stage)"),
+            ("model", "an Online LPM folder instead of the run's"),
+            ("age", "0 leaves out the session of 10,000 chunks"),
+        ),
+    ),
     "lineage": Command(
         "draw the family tree of a run's newest checkpoint, or of --parent, as text and as picture",
         "distill.listing:family",

@@ -203,6 +203,7 @@ def _arm(name: str, members: list[Member]) -> Arm:
     tags = [tag for tag in curves[0] if all(tag in curve for curve in curves)]
     costs = [_cost(member) for member in members]
     cost = {key: sum(c[key] for c in costs) / len(costs) for key in costs[0] if all(key in c for c in costs)}
+    long = [member.folder / "report" / "drift.json" for member in members]
     cost |= {key: float(values[key].nanmean()) for key in COSTS if key in values}
     return Arm(
         name,
@@ -212,6 +213,7 @@ def _arm(name: str, members: list[Member]) -> Arm:
         {tag: [curve[tag] for curve in curves] for tag in tags},
         members[0].resolved(),
         cost,
+        [json.loads(path.read_text(encoding="utf-8")) for path in long] if all(path.is_file() for path in long) else [],
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from distill.config import load
+from distill.config import Recipe, load
 from distill.errors import UserError
 from distill.evaluate import Bench, measure_all, student_row
 from distill.options import Options
@@ -27,16 +27,11 @@ def score(options: Options) -> str:
     """Measure the last finished stage of RUN=, or --stage."""
     folder = run_folder(options.run)
     stage = options.own.get("stage") or last_stage(folder)
-    manifest = lineage.read(folder / stage)
     recipe = load(folder / stage / RESOLVED, options.overrides)
     bench = Bench(Path(recipe.data.path), recipe.evaluation or BenchConfig(), folder / "report" / "rows")
-    nets = [CausalDiT(network(recipe.model, manifest, "ema").eval(), recipe.student)]
-    if stage == "stage4":  # the refiner works behind the backbone that it was trained with
-        backbone = lineage.read(str((manifest.data.get("parent") or {}).get("path")))
-        lineage.require(backbone, stage="stage3", hash=manifest.parent_hash)
-        nets.insert(0, CausalDiT(network(recipe.model, backbone, "ema").eval(), recipe.student))
+    source, nets = students(folder, stage, recipe)
     began = time.perf_counter()
-    values, _ = measure_all(bench, [student_row(bench, stage, manifest.hash, *nets)], print)
+    values, _ = measure_all(bench, [student_row(bench, stage, source, *nets)], print)
     about = {
         "quick": options.variant is not None,
         "clips": len(bench.batch),
@@ -45,6 +40,17 @@ def score(options: Options) -> str:
     }
     write_scores(folder / "report" / "scores.json", values, {"evaluation": time.perf_counter() - began}, about)
     return f"Wrote {folder / 'report' / 'scores.json'}; next: make compare RUNS='{options.run} ...'."
+
+
+def students(folder: Path, stage: str, recipe: Recipe) -> tuple[str, list[CausalDiT]]:
+    """The hash of a stage's newest checkpoint, and its averaged student; behind its backbone, where it is a refiner."""
+    manifest = lineage.read(folder / stage)
+    nets = [CausalDiT(network(recipe.model, manifest, "ema").eval(), recipe.student)]
+    if stage == "stage4":  # the refiner works behind the backbone that it was trained with
+        backbone = lineage.read(str((manifest.data.get("parent") or {}).get("path")))
+        lineage.require(backbone, stage="stage3", hash=manifest.parent_hash)
+        nets.insert(0, CausalDiT(network(recipe.model, backbone, "ema").eval(), recipe.student))
+    return manifest.hash, nets
 
 
 def last_stage(folder: Path) -> str:

@@ -34,6 +34,7 @@ class Arm:
     curves: Mapping[str, Sequence[Mapping[int, float]]] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
     cost: Mapping[str, float] = field(default_factory=dict)
+    long: Sequence[Mapping[str, Any]] = ()  # drift.json of every seed, where all have one
 
 
 @dataclass(frozen=True)

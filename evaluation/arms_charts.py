@@ -41,3 +41,27 @@ def drift_lines(arms: Sequence[Arm]) -> list[Chart]:
             lines.append(Series(arm.name, [60 * minute for minute in minutes], means))
         out.append(Chart(name, "seconds of stream", "", lines, "flat is good"))
     return out
+
+
+LONG = {  # curve of drift.json: title
+    "identity": "Identity distance, exact geometry",
+    "judge": "Identity distance, second embedder",
+    "motion_speak": "Motion while speaking, over the data's",
+    "motion_listen": "Motion while listening, over the data's",
+    "motion_silence": "Motion in silence, over the data's",
+    "sync": "Lip sync",
+}
+
+
+def long_lines(arms: Sequence[Arm]) -> list[Chart]:
+    """The same utterance over minutes (`make drift`), the seeds of an arm as one line, for arms that have it."""
+    out = []
+    for measure, title in LONG.items():
+        lines = []
+        for arm in (arm for arm in arms if arm.long):
+            curves = [told["rows"][told["subject"]]["curves"][measure] for told in arm.long]
+            means = [sum(points) / len(points) for points in zip(*(c["mean"] for c in curves), strict=False)]
+            lines.append(Series(arm.name, curves[0]["minutes"][: len(means)], means))
+        if lines:
+            out.append(Chart(title, "minutes of stream", "", lines))
+    return out

@@ -27,7 +27,7 @@ from evaluation.arms import (
     summary,
     tested,
 )
-from evaluation.arms_charts import curve_charts, drift_lines
+from evaluation.arms_charts import curve_charts, drift_lines, long_lines
 from evaluation.metrics import BY_KEY, Metric
 from evaluation.page import data_uri, shell
 from evaluation.plots import COLORS
@@ -185,6 +185,7 @@ def html(comparison: Comparison) -> str:
             charts(curve_charts(comparison.arms)), 'div class="charts"',
         ),
         section("Over a long stream", "Means over seeds and characters.", charts(drift), 'div class="charts"'),
+        section("Over minutes", "The same utterance again.", charts(long_lines(comparison.arms)), 'div class="charts"'),
         SCRIPT,
     ]  # fmt: skip
     return shell(comparison.title, "".join(body))

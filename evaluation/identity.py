@@ -11,11 +11,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from evaluation.geometry import measure
+
 
 def reference_identity(identity: Tensor, mask: Tensor) -> Tensor:
     """identity of the reference images [N, R, D], mask [N, R] bool -> their mean [N, D]."""
     weight = mask.to(identity.dtype)[..., None]
     return (identity * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def stills_identity(stills: Tensor, mask: Tensor) -> Tensor:
+    """Reference images [N, R, 3, H, W] in [0, 1], mask [N, R] bool -> their mean identity [N, D].
+
+    Every still is a clip of its own: frames of one clip lend each other what a blink hides, and a slot without an
+    image would lend gray.
+    """
+    apart = measure(stills.flatten(0, 1)[:, None]).identity[:, 0].unflatten(0, mask.shape)
+    return reference_identity(apart, mask)
 
 
 def identity_distance(identity: Tensor, references: Tensor) -> Tensor:

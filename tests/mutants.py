@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from mutants_drift import DRIFT
 from mutants_health import HEALTH
 from mutants_long import LONG
 from mutants_objectives import OBJECTIVES
@@ -543,7 +544,7 @@ def run(folder: Path, areas: str) -> bool:
 
 
 def main(words: list[str]) -> int:
-    table = MUTANTS | OBJECTIVES | LONG | HEALTH
+    table = MUTANTS | OBJECTIVES | DRIFT | LONG | HEALTH
     every = [(path, areas, *mutant) for (path, areas), mutants in table.items() for mutant in mutants]
     chosen = [mutant for mutant in every if not words or any(word in mutant[0] + mutant[4] for word in words)]
     with tempfile.TemporaryDirectory() as temporary:
