@@ -56,14 +56,8 @@ class Trainer:
         notes: dict[str, Any] | None = None,
     ):
         """notes: what else the manifest is to say, `teacher` (hash) and `forced` (distill/gates.py) among it."""
-        self.recipe, self.run, self.roles, self.source, self.engine, self.parent = (
-            recipe,
-            run,
-            roles,
-            source,
-            engine,
-            parent,
-        )
+        self.recipe, self.run, self.roles, self.source = recipe, run, roles, source
+        self.engine, self.parent = engine, parent
         # Found once: recipe files that change on the disk must not reach a run that is under way.
         self.terms = {s.name: term_function(s.name, s.source) for phase in recipe.phases for s in phase.terms}
         spec = recipe.rollout
