@@ -18,7 +18,6 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from distill.config import differing_keys
 from distill.data import dataset
 from distill.errors import ExitCode, UserError
 from distill.evaluate import LatentDataset
@@ -26,6 +25,7 @@ from distill.listing import flatten
 from distill.options import Options
 from distill.progress import CARD, STATE
 from distill.runs import RESOLVED, RUNS, read_status, run_folder
+from distill.schema import differing_keys
 from evaluation.arms import Arm
 from evaluation.arms_page import Comparison, Reel, write_comparison
 from evaluation.bench import decode

@@ -217,12 +217,6 @@ def own_files(recipe: Recipe) -> dict[str, Path]:
     return {name: Path(source) for name, source in {**terms, **rollout}.items() if source}
 
 
-def differing_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Dotted keys whose values differ between two resolved recipes."""
-    left, right = _flat(old), _flat(new)
-    return sorted(".".join(key) for key in left.keys() | right.keys() if left.get(key) != right.get(key))
-
-
 # ---- pieces -----------------------------------------------------------------------------------------------
 
 
@@ -393,13 +387,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
-
-
-def _flat(data: Any, path: KeyPath = ()) -> dict[KeyPath, Any]:
-    if isinstance(data, dict):
-        items = data.items()
-    elif isinstance(data, list):
-        items = {str(index): item for index, item in enumerate(data)}.items()
-    else:
-        return {path: data}
-    return {key: leaf for name, item in items for key, leaf in _flat(item, (*path, str(name))).items()}

@@ -13,9 +13,10 @@ from typing import Any
 
 import yaml
 
-from distill.config import differing_keys, load, to_yaml
+from distill.config import load, to_yaml
 from distill.grid import SCORE, Job, Plan
 from distill.runs import RESOLVED, read_status, run_folder, write_json
+from distill.schema import differing_keys
 from distill.state import checkpoint
 
 UNKNOWN_SECONDS = 60.0  # for the bar alone, where nothing is known about a job

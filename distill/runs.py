@@ -22,9 +22,10 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from distill.config import Recipe, differing_keys, own_files, to_yaml
+from distill.config import Recipe, own_files, to_yaml
 from distill.data.version import meaning
 from distill.errors import ExitCode, UserError
+from distill.schema import differing_keys
 from distill.state.checkpoint import require_space
 from distill.state.lineage import environment
 

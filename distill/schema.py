@@ -300,3 +300,19 @@ def nearest_choice(value: Any, metadata: Any) -> str:
     """A hint only when one choice is close; the list of choices stands in the message already."""
     close = difflib.get_close_matches(str(value), metadata["choices"], n=1)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def differing_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Dotted keys whose values differ between two resolved recipes."""
+    left, right = _flat(old), _flat(new)
+    return sorted(".".join(key) for key in left.keys() | right.keys() if left.get(key) != right.get(key))
+
+
+def _flat(data: Any, path: KeyPath = ()) -> dict[KeyPath, Any]:
+    if isinstance(data, dict):
+        items = data.items()
+    elif isinstance(data, list):
+        items = {str(index): item for index, item in enumerate(data)}.items()
+    else:
+        return {path: data}
+    return {key: leaf for name, item in items for key, leaf in _flat(item, (*path, str(name))).items()}

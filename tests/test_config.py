@@ -10,6 +10,7 @@ import pytest
 
 from distill import config, modules
 from distill.errors import ExitCode, UserError
+from distill.schema import differing_keys
 
 BASE = """\
 name: base
@@ -100,7 +101,7 @@ def test_fingerprint_changes_with_one_value(tmp_path: Path) -> None:
     path = write(tmp_path, BASE)
     changed = config.load(path, ["phases.1.terms.pull.strength=2.5"])
     assert config.fingerprint(changed) != config.fingerprint(config.load(path))
-    keys = config.differing_keys(config.load(path).resolved, changed.resolved)
+    keys = differing_keys(config.load(path).resolved, changed.resolved)
     assert keys == ["phases.1.terms.pull.strength"]
 
 
