@@ -8,7 +8,7 @@ the finished chunk x [B, K, C, H, W] at its time t [B], its conditions, the cach
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Promise:
-    """Stands for `before.push(keys and values of x)`. `written` is filled in once; a copy (`dataclasses.replace`) is a
-    promise anew."""
+    """Stands for `before.push(keys and values of x)`. `written` is filled in once."""
 
     network: FastDiT
     x: Tensor
@@ -58,3 +57,8 @@ class Promise:
 
 
 Cache = KVCache | Promise
+
+
+def anew(cache: Cache) -> Cache:
+    """The same cache, its promise not yet kept: what is then added to it is thrown away with the chunk that did."""
+    return replace(cache) if isinstance(cache, Promise) else cache

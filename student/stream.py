@@ -19,7 +19,7 @@ from student.causal_dit import CausalDiT
 from student.fast import FastDiT
 from student.history import CLEAN, History
 from student.kv_cache import KVCache
-from student.promise import Cache
+from student.promise import Cache, anew
 from teacher.conditions import Conditions
 from teacher.draws import gaussian
 from teacher.flow import add_noise, x0_from_v
@@ -98,7 +98,7 @@ def draft_chunk(
 
     -> draft [B, K, C, H, W], next cache
     """
-    config, cache = backbone.stream, replace(cache)  # its own: what it adds to a promise is thrown away with it
+    config, cache = backbone.stream, anew(cache)
     steps = config.steps if alone else config.steps[:-1]
     blank = told.refs.new_zeros(len(told.refs), config.chunk_frames, *told.refs.shape[2:])
     draft = denoise_chunk(backbone, told, cache, steps, blank, generator)
@@ -110,7 +110,7 @@ def refine_chunk(
     refiner: Network, told: Conditions, cache: Cache, draft: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Cache]:
     """The refiner's part: the last step, from the re-noised draft, then clean history -> x0 like draft, next cache."""
-    cache = replace(cache)
+    cache = anew(cache)
     x0 = denoise_chunk(refiner, told, cache, refiner.stream.steps[-1:], draft, generator)
     return x0, remember_chunk(refiner, x0, told, cache, CLEAN, generator)
 

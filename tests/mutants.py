@@ -259,7 +259,7 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("student/stream.py", "promise"): [
         (
-            "backbone.stream, replace(cache)",
+            "backbone.stream, anew(cache)",
             "backbone.stream, cache",
             "a draft thrown away keeps the session's promise",
         ),

@@ -264,9 +264,9 @@ def test_recipes_lists_stages_and_skips_bases(capsys: pytest.CaptureFixture[str]
     (folder / "stage1_ode.yaml").write_text("# One-line description.\nextends: base.yaml\nname: s\nstage: stage1\n")
     assert cli.main(["recipes"]) == ExitCode.DONE
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1
+    assert len(lines) == 2
     assert lines[1].split()[:3] == ["recipes/tiny/stage1_ode.yaml", "stage1", "7"]
-    assert lines[0].endswith("One-line description.")
+    assert lines[1].endswith("One-line description.")
 
 
 def test_every_make_target_has_a_help_line_and_bare_make_prints_them() -> None:

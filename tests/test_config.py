@@ -85,7 +85,7 @@ def test_a_recipe_becomes_frozen_dataclasses_with_every_default_filled_in(tmp_pa
     recipe = config.load(write(tmp_path, BASE))
     student = recipe.phases[1]
     assert (student.update, student.every) == ("student", 5)
-    assert student.terms[0] == config.TermSpec("pull", 1.0, 20, PullConfig(2.0, 0.1))
+    assert student.terms[0] == config.TermSpec("pull", 1.0, 20, config=PullConfig(2.0, 0.1))
     assert recipe.rollout == config.RolloutSpec("long", RollConfig(8))
     assert recipe.optimizer["student"].lr == 1e-4 and recipe.optimizer["critic"].lr == 3e-4
     assert recipe.train.clip == 10.0 and recipe.model == Empty(8)

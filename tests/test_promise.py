@@ -143,7 +143,7 @@ class Mixing(KVCache):
 
 @torch.no_grad()
 def test_a_cache_that_makes_new_keys_of_those_it_is_given_shows_them_to_the_next_chunk() -> None:
-    model, cond = small_student(StreamConfig(2, 0, 1)), conditions(8)
+    model, cond = small_student(StreamConfig(2, sink_chunks=0, window_chunks=1)), conditions(8)
     fast, plain = FastDiT(model), model.start(cond)
     slow_cache = fast_cache = Mixing(plain.refs, plain.grid, 0, 1)
     for index in range(4):
