@@ -146,7 +146,8 @@ def follow_curves(windows: Windows, truth: Truth, layout: Layout) -> dict[str, T
         for index in range(windows.tracks.shape[1]):
             found = follow(windows.tracks[:, index, part, TRACKS.index(track)], driven[:, part], there)
             made[corr].append(found.corr)
-            made[delay].append(found.lag_ms)
+            still = found.corr.nansum() == 0  # what never moves is neither early nor late
+            made[delay].append(torch.where(still, math.nan, found.lag_ms))
     return {name: torch.stack(values, 1) for name, values in made.items()}
 
 

@@ -29,10 +29,11 @@ from evaluation import aging
 from evaluation.arms import Arm
 from evaluation.arms_charts import LONG, long_lines
 from evaluation.drift_page import page, table
+from evaluation.drift_report import row_facts, shuffled_row
 from evaluation.geometry import measure
 from evaluation.identity import stills_identity
 from evaluation.judge import Judge, face_distance, prototype_loss
-from evaluation.recurrence import Layout, copy_distance, motion_curves
+from evaluation.recurrence import Layout, Measured, copy_distance, motion_curves
 from evaluation.windows import TRACKS, Windows, border_changes
 from student.stream import stream
 from teacher.audio import log_mel
@@ -307,3 +308,15 @@ def test_compared_arms_show_their_minutes_over_each_other():
     assert len(charts) == len(LONG)
     assert [(line.name, line.y) for line in charts[0].series] == [("a", [2.0, 3.0]), ("b", [5.0, 6.0])]
     assert long_lines([Arm("without", (0,), {})]) == []
+
+
+def test_a_slope_is_surely_seen_and_shuffled_time_hardly_ever_shows_one():
+    minutes, broken = torch.arange(20).double() / 2, 0
+    place = Layout({}, minutes[:, None], 10.0)
+    for seed in range(30):
+        curve = 0.1 + 0.02 * torch.randn(24, 20, generator=torch.Generator().manual_seed(seed))
+        row = Measured({"identity": curve + 0.01 * minutes}, {})
+        assert row_facts(row, place)["identity_slope_surely"]["low"] > 0
+        shuffle = row_facts(shuffled_row(row, seed), place)["identity_slope_surely"]
+        broken += not shuffle["low"] <= 0 <= shuffle["high"]
+    assert broken <= 1
