@@ -82,6 +82,6 @@ def merge(base: dict[str, Tensor], adapters: Adapters) -> dict[str, Tensor]:
     merged = dict(base)
     for layer, slot in adapters.slots.items():
         name = f"{slot.replace('-', '.')}.weight"
-        update = adapters.update(layer)
+        update = adapters.of(layer).update()
         merged[name] = (base[name].to(update) + update).to(base[name].dtype)
     return merged

@@ -42,38 +42,51 @@ class LoRAConfig:
             raise ValueError(f"targets: {', '.join(unknown) or 'none'}; at least one is needed, out of {TARGETS}")
 
 
+class Adapter(nn.Module):
+    """What one view adds to one layer. A module of its own: engines that gather weights by module gather it."""
+
+    def __init__(self, layer: Linear, config: LoRAConfig):
+        super().__init__()
+        self.scale = config.alpha / config.rank
+        # Masters of fp32 or better, whatever the base is kept in.
+        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+        down = layer.weight.new_empty(config.rank, layer.in_features, dtype=dtype)
+        if down.is_meta and not torch.empty(0).is_meta:  # on a base that is yet to be filled
+            down = torch.empty(config.rank, layer.in_features, dtype=dtype)
+        if not down.is_meta:
+            nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+        self.down = nn.Parameter(down)
+        self.up = nn.Parameter(down.new_zeros(layer.out_features, config.rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What is added to the layer's output for its input x [..., in] -> [..., out]."""
+        low = F.linear(x, self.down.to(x.dtype))
+        return self.scale * F.linear(low, self.up.to(low.dtype))
+
+    def update(self) -> Tensor:
+        """What is added to the layer's weight, fp32 or better [out, in]."""
+        return self.scale * self.up @ self.down
+
+
 class Adapters(nn.Module):
     """What one view adds to a network: down [rank, in] and up [out, rank] for every adapted layer, by its name."""
 
     def __init__(self, layers: dict[str, Linear], config: LoRAConfig):
         super().__init__()
-        self.scale = config.alpha / config.rank
-        # Dots stand in names of layers, but may not in names of parameters.
+        # Dots stand in names of layers, but may not in names of modules.
         self.slots = {layer: name.replace(".", "-") for name, layer in layers.items()}
-        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
-        for layer, slot in self.slots.items():
-            # Masters of fp32 or better, whatever the base is kept in.
-            dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-            down = layer.weight.new_empty(config.rank, layer.in_features, dtype=dtype)
-            if down.is_meta and not torch.empty(0).is_meta:  # on a base that is yet to be filled
-                down = torch.empty(config.rank, layer.in_features, dtype=dtype)
-            if not down.is_meta:
-                nn.init.kaiming_uniform_(down, a=math.sqrt(5))
-            self.down[slot] = nn.Parameter(down)
-            self.up[slot] = nn.Parameter(down.new_zeros(layer.out_features, config.rank))
+        self.layers = nn.ModuleDict({slot: Adapter(layer, config) for layer, slot in self.slots.items()})
 
     def add(self, layer: Linear, x: Tensor, y: Tensor) -> Tensor:
         """y plus what this view adds to `layer` of x."""
         slot = self.slots.get(layer)
-        if slot is None:
-            return y
-        low = F.linear(x, self.down[slot].to(x.dtype))
-        return y + self.scale * F.linear(low, self.up[slot].to(low.dtype)).to(y.dtype)
+        return y if slot is None else y + self.layers[slot](x).to(y.dtype)
 
-    def update(self, layer: Linear) -> Tensor:
-        """What this view adds to the weight of `layer`, fp32 or better [out, in]."""
-        slot = self.slots[layer]
-        return self.scale * self.up[slot] @ self.down[slot]
+    def of(self, layer: Linear) -> Adapter:
+        """The adapter of an adapted layer."""
+        adapter = self.layers[self.slots[layer]]
+        assert isinstance(adapter, Adapter)
+        return adapter
 
 
 _in_use: list[Adapters | None] = [None]

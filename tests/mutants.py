@@ -83,8 +83,8 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ),
         ("self.scale = config.alpha / config.rank", "self.scale = config.alpha", "alpha without the rank"),
         (
-            "return self.scale * self.up[slot] @ self.down[slot]",
-            "return self.up[slot] @ self.down[slot]",
+            "return self.scale * self.up @ self.down",
+            "return self.up @ self.down",
             "merged without the scale",
         ),
     ],
@@ -459,7 +459,7 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
             "half an interval is recorded",
         ),
     ],
-    ("distill/engine.py", "trainer"): [
+    ("distill/engine/plain.py", "trainer"): [
         ("if wrong:", "if len(wrong) > 10**9:", "bf16 masters are trained"),
     ],
     ("student/live/scheduler.py", "serve serve_model"): [

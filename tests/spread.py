@@ -16,23 +16,24 @@ import warnings
 from pathlib import Path
 
 import torch
-from conftest import SIDE, batch_of, conditions, latents, normal, small_codec, small_dit, small_student
+from conftest import SIDE, batch_of, conditions, latents, normal, randomize, small_codec, small_dit, small_student
 from torch import Tensor, nn
 
 from distill.config import Recipe, load
 from distill.contracts import Roles
 from distill.data.batch import Batch
-from distill.engine import EngineConfig, make_engine
+from distill.engine import Engine, load_engine, make_engine
 from distill.engine.process import told
 from distill.errors import UserError
-from distill.roles import Origin
+from distill.roles import Origin, term_heads
 from distill.runs import StageRun
 from distill.trainer import Trainer
 from student.causal_dit import CausalDiT
+from teacher.adapted import AdaptedDiT
 from teacher.dit import DiT
 from teacher.embedder import IdentityEmbedder
 
-# eps is large, because Adam makes a step of lr out of the rounding of a gradient that is almost zero.
+# Adam's eps is that of the recipes (1e-8) and the rates are those of recipes/tiny and above.
 RECIPE = """
 name: r
 scale: tiny
@@ -43,38 +44,51 @@ rollout: {rollout}
 phases:
   - {{update: critic, terms: {{flow_matching: {{role: critic, drop_text: 0.4, drop_audio: 0.4}}}}}}
   - {{update: student, every: 2, terms: {{dmd: {{cfg: {{text: 2.0, audio: 3.0}}}}, {term}}}}}
-optimizer: {{lr: 1.0e-3, betas: [0.0, 0.999], eps: 1.0e-5, warmup_steps: 2, schedule: cosine, student: {{lr: 2.0e-3}}}}
+optimizer: {{lr: 1.0e-4, betas: [0.0, 0.999], warmup_steps: 2, schedule: cosine, student: {{lr: 2.0e-4}}}}
 train: {{steps: 10, batch_size: 4, clip: 0.5, ema: 0.8, save_every: 6, sample_every: 5, log_every: 1, keep: 9}}
 """
 STAGES = {
     "stage2": {"rollout": "{kind: renoised}", "term": "perceptual: {weight: 2.0, levels: 2, frames: 1}"},
     "stage3": {"rollout": "{kind: self, chunks: 4, grad_chunks: 2}", "term": "identity_drift: {weight: 2.0}"},
 }
+ADAPTED = "lora={student: {rank: 2, alpha: 3.0}, critic: {rank: 2, alpha: 3.0}}"
+AGAIN = "model.checkpoint_blocks=true"
+JUDGED = (  # a GAN beside DMD
+    "phases.0.terms={flow_matching: {role: critic}, adversarial: {role: critic, weight: 0.5}}",
+    "phases.1.terms={dmd: {cfg: {text: 2.0, audio: 3.0}}, adversarial: {role: student, weight: 0.5}}",
+)
 # what a case changes: overrides of the recipe, and of the source of batches
 VARIANTS: dict[str, tuple[list[str], dict[str, int]]] = {
     "": ([], {}),
     "accumulate": (["train.steps=2", "train.grad_accumulation=2"], {}),
     "poison": (["train.steps=4"], {"poison": 3}),  # the student's first update
     "bf16": (["train.steps=2", "train.precision=bf16"], {}),
+    "lora": ([ADAPTED, AGAIN], {}),
+    "large": ([ADAPTED, AGAIN, "train.steps=2", "train.precision=bf16", "train.grad_accumulation=2"], {}),
+    "gan": ([*JUDGED, AGAIN, "train.steps=2"], {}),
     "resumed": ([], {}),  # its folder holds the checkpoint of step 6 of another engine
     "kill": ([], {"kill": 4}),
+    "stop": ([], {"stop": 4}),  # in step 3: the second has two phases
 }
 SIZES = {"dim": 32, "heads": 2, "ffn_dim": 24, "dtype": torch.float32}
 FRAMES = 3
+ENGINES = Path(__file__).resolve().parents[1] / "recipes" / "accelerate"
 
 
 class Source:
-    """Random clips; `poison` makes the audio of one clip in the second half NaN at one call."""
+    """Random clips; `poison` makes the audio of one clip in the second half NaN at one call, `kill` and `stop` send
+    the second process a signal at one."""
 
     fingerprint = "none"
 
-    def __init__(self, poison: int = 0, kill: int = 0):
-        self.poison, self.kill, self.calls = poison, kill, 0
+    def __init__(self, poison: int = 0, kill: int = 0, stop: int = 0):
+        self.poison, self.calls = poison, 0
+        self.signals = {kill: signal.SIGKILL, stop: signal.SIGTERM}
 
     def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
         self.calls += 1
-        if self.calls == self.kill and os.environ.get("RANK") == "1":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.calls in self.signals and os.environ.get("RANK") == "1":
+            os.kill(os.getpid(), self.signals[self.calls])
         seed = int(torch.randint(2**30, (), generator=generator))
         cond = conditions(FRAMES, batch_size, seed=seed, dtype=torch.float32)
         if self.calls == self.poison:
@@ -108,11 +122,42 @@ def recipe(folder: Path, stage: str, *changes: str) -> Recipe:
 
 
 def models_of(checked: Recipe, seed: int = 0) -> dict[str, nn.Module]:
-    return {
-        "teacher": small_dit(1, **SIZES),
-        "critic": small_dit(seed + 2, **SIZES),
-        "student": small_student(checked.student, seed + 3, **SIZES),
-    }
+    """Whole networks of all roles, as the recipe has them but for adapters."""
+    sizes = {**SIZES, "checkpoint_blocks": checked.model.checkpoint_blocks}
+    critic = small_dit(seed + 2, **sizes)
+    if heads := term_heads(checked):
+        randomize(heads, 8)
+        critic.add_module("heads", heads)
+    student = small_student(checked.student, seed + 3, **sizes)
+    return {"teacher": small_dit(1, **sizes), "critic": critic, "student": student}
+
+
+def empty_models(folder: Path, checked: Recipe, engine: Engine) -> tuple[dict[str, nn.Module], dict[str, Origin]]:
+    """The same, made as `build_roles` makes them: empty where the engine wants it, to be filled from the disk."""
+    models, origins = models_of(checked), {}
+    for role in models:
+        context = engine.empty(role != "teacher")
+        if context is not None:
+            own = {name: t for name, t in models[role].state_dict().items() if name.startswith("heads.")}
+            with context:
+                dit = DiT(checked.model)
+                if own:
+                    dit.add_module("heads", term_heads(checked))
+            models[role] = CausalDiT(dit, checked.student) if role == "student" else dit
+            origins[role] = Origin(folder / "start" / role, own)
+    return models, origins
+
+
+def adapt(checked: Recipe, models: dict[str, nn.Module], origins: dict[str, Origin], seed: int) -> None:
+    """Put views on the teacher, with adapters that have learned something, in the place of student and critic."""
+    for number, role in enumerate(("student", "critic")):
+        if checked.lora is not None:
+            origins.pop(role, None)
+            teacher = models["teacher"]
+            assert isinstance(teacher, DiT)
+            view = AdaptedDiT(teacher, checked.lora.of(role))
+            randomize(view, seed + number)
+            models[role] = CausalDiT(view, checked.student) if role == "student" else view
 
 
 def trainer(folder: Path, case: str, seed: int = 0) -> Trainer:
@@ -122,16 +167,9 @@ def trainer(folder: Path, case: str, seed: int = 0) -> Trainer:
     checked = recipe(folder, stage, *changes)
     run = StageRun(folder / case, done=False)
     run.folder.mkdir(exist_ok=True)
-    engine = make_engine(checked.train.precision, EngineConfig(kind=kind))
-    models, origins = models_of(checked, seed), {}
-    if stage == "stage3":
-        for role in models:
-            context = engine.empty(role != "teacher")
-            if context is not None:
-                with context:
-                    dit = DiT(checked.model)
-                models[role] = CausalDiT(dit, checked.student) if role == "student" else dit
-                origins[role] = Origin(folder / "start" / role, {})
+    engine = make_engine(checked.train.precision, load_engine(ENGINES / f"{kind}.yaml"))
+    models, origins = empty_models(folder, checked, engine) if stage == "stage3" else (models_of(checked, seed), {})
+    adapt(checked, models, origins, seed + 5)
     torch.manual_seed(0)
     embedder = IdentityEmbedder(4, SIDE, SIDE, width=8, dim=8).requires_grad_(False)
     roles = Roles(models, checked.student, small_codec(), embedder, trajectories=Paths(), origins=origins)

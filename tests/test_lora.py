@@ -59,7 +59,8 @@ def test_a_view_is_the_network_with_merged_weights() -> None:
     changed = [name for name, t in view.merged().items() if not torch.equal(t, base.state_dict()[name])]
     assert len(changed) == SMALL["depth"] * len(TARGETS)
     layer, slot = next(iter(view.adapters.slots.items()))
-    expected = layer.weight + LORA.alpha / LORA.rank * view.adapters.up[slot] @ view.adapters.down[slot]
+    adapter = view.adapters.of(layer)
+    expected = layer.weight + LORA.alpha / LORA.rank * adapter.up @ adapter.down
     torch.testing.assert_close(view.merged()[slot.replace("-", ".") + ".weight"], expected)
 
 
@@ -118,11 +119,12 @@ def test_gradients_reach_the_active_adapters_alone_whoever_runs_in_between(check
     plain.load_state_dict(student.merged())
     velocity(plain).square().sum().backward()
     for layer, slot in student.adapters.slots.items():
-        down, up = student.adapters.down[slot], student.adapters.up[slot]
+        adapter = student.adapters.of(layer)
+        down, up = adapter.down, adapter.up
         whole = plain.get_parameter(slot.replace("-", ".") + ".weight").grad
         assert whole is not None and layer.weight.grad is None
-        torch.testing.assert_close(down.grad, student.adapters.scale * up.T @ whole, rtol=1e-8, atol=1e-9)
-        torch.testing.assert_close(up.grad, student.adapters.scale * whole @ down.T, rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(down.grad, adapter.scale * up.T @ whole, rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(up.grad, adapter.scale * whole @ down.T, rtol=1e-8, atol=1e-9)
 
 
 def test_a_checkpointed_call_of_a_whole_view_repeats_itself() -> None:

@@ -25,7 +25,6 @@ from distill.engine.fsdp import FSDP2, in_pieces, inner
 from distill.engine.pieces import Piece, Pieces
 from distill.engine.plain import Engine
 from distill.errors import UserError
-from teacher.adapted import AdaptedDiT
 from teacher.blocks import Block
 from teacher.dit import DiT
 
@@ -63,8 +62,6 @@ class ZeRO(FSDP2):
             model.requires_grad_(trained)
             if compile and trained:
                 self.compile(model)
-            if trained and self.stage == 3 and isinstance(inner(model), AdaptedDiT):
-                raise UserError("ZeRO-3 cannot gather the adapters of `lora:`: take recipes/accelerate/fsdp2.yaml.")
             if trained:
                 self._engine(role, model, configs[role], clip)
             elif self.stage == 3:
@@ -73,6 +70,7 @@ class ZeRO(FSDP2):
                 model.to(self.device)
 
     def _engine(self, role: str, model: nn.Module, config: OptimConfig, clip: float) -> None:
+        whole = {name: p.data for name, p in model.named_parameters() if not hasattr(p, "ds_id")}
         given = Engine.optimizer(self, model, config) if self.dtype == torch.float32 else _adamw(model, config)
         engine, optimizer, _, _ = self.deepspeed.initialize(
             model=model, optimizer=given, config=self.settings(clip), dist_init_required=False
@@ -83,8 +81,19 @@ class ZeRO(FSDP2):
         if self.stage == 3:
             offload = optimizer.parameter_offload
             offload.fwd_pre_hook.remove()  # it records the order of calls, which differs from rollout to rollout
+            _keep_while_repeating(offload.get_param_coordinator())
             self._register(inner(model))
         self.engines[role], self.optimizers[role] = engine, optimizer
+        if self.dtype != torch.float32 and whole:
+            self._exact(role, whole)
+
+    @torch.no_grad()
+    def _exact(self, role: str, whole: dict[str, Tensor]) -> None:
+        """DeepSpeed makes its masters from bf16 weights: put back the fp32 weights that a network came with."""
+        for piece in self.pieces(role):
+            start = piece.start
+            piece.tensor.copy_(whole[piece.name].flatten()[start : start + len(piece.tensor)])
+        self.refresh(role)
 
     def _register(self, dit: DiT) -> None:
         """Tell DeepSpeed of parameters that are read outside the module they belong to. A block is handed the audio
@@ -123,12 +132,15 @@ class ZeRO(FSDP2):
 
     def backward(self, role: str, loss: Tensor, last: bool = True) -> None:
         engine, optimizer = self.engines[role], self.optimizers[role]
+        running = self.deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK
+        depth = len(running)
         engine.set_gradient_accumulation_boundary(last)
         optimizer.clear_backward_seen_flag()
         # What engine.forward() would have hung on its output.
         loss.register_hook(lambda gradient: engine._backward_prologue())
         engine.backward(loss, scale_wrt_gas=False)
         engine.micro_steps += 1
+        del running[depth:]  # blocks that checkpointing repeated only as far as their values were needed
 
     def clip(self, role: str, limit: float) -> Tensor:
         """The norm; `step` clips by it."""
@@ -239,6 +251,19 @@ class ZeRO(FSDP2):
                 if (part := p._hp_mapping) is not None:
                     here, there = part.lp_fragment_address, part.hp_fragment_address
                     yield names[id(p)], tuple(p.shape), here.start, group, there.start, here.numel
+
+
+def _keep_while_repeating(coordinator: Any) -> None:
+    """Checkpointing repeats a block within the backward pass, which may have gathered one of its layers just before:
+    DeepSpeed would let go of that layer when its repetition ends, and its gradient would find no weight. Here layers
+    are let go after their backward pass alone."""
+    release = coordinator.release_sub_module
+
+    def release_after(module: nn.Module, forward: bool = False) -> None:
+        if not (forward and torch._C._current_graph_task_id() != -1):
+            release(module, forward)
+
+    coordinator.release_sub_module = release_after
 
 
 def _adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
