@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from evaluation.geometry import measure
-from evaluation.identity import identity_distance, reference_identity
+from evaluation.identity import identity_distance, stills_identity
 from evaluation.motion import spread
 from evaluation.quality import mean_color
 from evaluation.statistics import mean_se
@@ -61,7 +61,7 @@ def measure_drift(frames: Tensor, references: Tensor, reference_mask: Tensor, se
         raise ValueError(
             f"A stream of {frames.shape[1]} frames has fewer than two windows of {length}; make it longer."
         )
-    anchor = reference_identity(measure(references).identity, reference_mask)  # [N, D]
+    anchor = stills_identity(references, reference_mask)  # [N, D]
     distance, motion, color = [], [], []
     for w in range(num_windows):  # one window at a time: a minute of float frames for all characters is gigabytes
         piece = as_float(frames[:, w * length : (w + 1) * length])

@@ -24,7 +24,7 @@ from torch import Tensor
 from evaluation.compare import significance
 from evaluation.frechet import frechet_motion
 from evaluation.geometry import Tracks, classify, measure
-from evaluation.identity import identity_distance, identity_top1, reference_identity
+from evaluation.identity import identity_distance, identity_top1, stills_identity
 from evaluation.motion import STATES, motion_ratios
 from evaluation.quality import seam_ratio, sharpness_ratio
 from evaluation.statistics import mean_se
@@ -55,7 +55,7 @@ def score(frames: Tensor, truth: Truth, data: Sequence[Tracks] = ()) -> Values:
     """
     tracks = measure(frames)
     data = data or [measure(truth.frames)]
-    anchor = reference_identity(measure(truth.references).identity, truth.reference_mask)  # [N, D]
+    anchor = stills_identity(truth.references, truth.reference_mask)  # [N, D]
     sync = follow(tracks.mouth, truth.driven_mouth, truth.state == STATES["speak"])
     nod = follow(tracks.head_y, truth.driven_nod, truth.state == STATES["listen"])
     right = (classify(tracks) == truth.labels).double()  # [N, 3]
