@@ -221,7 +221,9 @@ def shadows(recipe: Recipe, clip: Clip, machine: Machine, meter: Meter, states: 
         models[role].requires_grad_(False)
     codec = PCACodec(torch.zeros(768), torch.eye(768, model.channels), torch.ones(model.channels))
     embedder = IdentityEmbedder(model.channels, clip.rows, clip.columns).requires_grad_(False)
-    return Roles(models, recipe.student, codec, embedder)
+    product = next((role for role in trained if role != "critic"), None)
+    average: dict[str, Tensor] | None = dict(models[product].named_parameters()) if product else None
+    return Roles(models, recipe.student, codec, embedder, average=average)
 
 
 def simulate(

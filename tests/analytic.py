@@ -158,6 +158,16 @@ class Bidirectional(DiT):
         return self.world.clips(v), [(token, token)]
 
 
+@dataclass(frozen=True)
+class Past:
+    """What such a student remembers: the last chunk as one row of numbers, the same for every step."""
+
+    told: Tensor
+
+    def at(self, step: int) -> Past:
+        return self
+
+
 class Causal(CausalDiT):
     """A student that sees its chunk and the chunk before it, which for AR(1) is all there is to see.
 
@@ -174,18 +184,18 @@ class Causal(CausalDiT):
 
     def start(self, cond: Conditions):
         rows = len(cond.refs)
-        return torch.zeros(rows, self.numbers + 2)
+        return Past(torch.zeros(rows, self.numbers + 2))
 
     def streaming(self):
         return self
 
     def velocity(self, xt: Tensor, t: Tensor, cond: Conditions, cache, r: Tensor | None = None) -> Tensor:
         end = [time_features(torch.zeros_like(t) if r is None else r)] if self.flow_map else []
-        v, _ = self.net(torch.cat([xt.flatten(1), cache, *end], -1), t)
+        v, _ = self.net(torch.cat([xt.flatten(1), cache.told, *end], -1), t)
         return rearrange(v, "b (k c) -> b k c 1 1", c=self.channels)
 
     def remember(self, x: Tensor, t: Tensor, cond: Conditions, cache):
-        return torch.cat([x.flatten(1), t.float()[:, None], torch.ones(len(x), 1)], -1)
+        return Past(torch.cat([x.flatten(1), t.float()[:, None], torch.ones(len(x), 1)], -1))
 
     def forward(
         self,

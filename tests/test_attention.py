@@ -42,7 +42,7 @@ def test_a_block_looks_at_joined_spans_of_what_it_sees() -> None:
 
 @pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
 def test_a_masked_student_is_the_same_on_every_back_end(backend: SDPBackend) -> None:
-    model = small_student(StreamConfig(2, 1, 1), 3)
+    model = small_student(StreamConfig(2, sink_chunks=1, window_chunks=1), 3)
     x, hist, t, cond = latents(6), latents(6, seed=1), torch.full((2,), 0.5).double(), conditions(6)
     expected = model(x, t, cond, hist, t / 5)
     with sdpa_kernel(backend):
@@ -64,7 +64,11 @@ def masks_seen(monkeypatch: pytest.MonkeyPatch, run) -> list[Tensor | None]:
 
 
 def test_with_all_references_there_no_call_has_a_mask_teacher_or_student(monkeypatch: pytest.MonkeyPatch) -> None:
-    student, t, x = small_student(StreamConfig(2, 1, 1), 3), torch.full((2,), 0.5).double(), latents(6)
+    student, t, x = (
+        small_student(StreamConfig(2, sink_chunks=1, window_chunks=1), 3),
+        torch.full((2,), 0.5).double(),
+        latents(6),
+    )
     for present in ((1, 1), (1, 0), (0, 1), (0, 0)):
         cond = conditions(6, present=present)
         for run in (lambda c=cond: student.dit(x, t, c), lambda c=cond: student(x, t, c, x, t / 5)):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distill.data import motion, puppet
 from evaluation import drift as drift_module
+from evaluation import identity as identity_module
 from evaluation.compare import compare_stages, significance
 from evaluation.drift import Drift, least_squares_slope, measure_drift
 from evaluation.frechet import frechet_distance, frechet_motion
@@ -273,6 +274,7 @@ def drifting_streams(monkeypatch: pytest.MonkeyPatch, rate: float, shuffled: boo
         return Tracks(**{x.name: video[:, :, 0, 0] if x.name == "identity" else track for x in fields(Tracks)})
 
     monkeypatch.setattr(drift_module, "measure", fake)
+    monkeypatch.setattr(identity_module, "measure", fake)
     references = torch.zeros(CHARACTERS, 3, 3, 2, dims)
     return measure_drift(frames, references, torch.ones(CHARACTERS, 3, dtype=torch.bool))
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from student.causal_dit import CausalDiT, StreamConfig
+from student.history import History
 from student.kv_cache import KVCache
 from student.stream import denoise_chunk, gaussian, remember_chunk, stream
 from teacher.conditions import AUDIO_PER_LATENT, PAST, Conditions
@@ -201,7 +202,7 @@ def test_only_the_exit_step_carries_gradient() -> None:
 def test_remembering_carries_no_gradient() -> None:
     model, cond = small_student(config(2, 1, 1)), conditions(2)
     x0 = latents(2).requires_grad_()
-    cache = remember_chunk(model, x0, cond, model.start(cond), 0.1, torch.Generator().manual_seed(0))
+    cache = remember_chunk(model, x0, cond, model.start(cond), History(), torch.Generator().manual_seed(0))
     assert not any(tensor.requires_grad for chunk in cache.visible for pair in chunk for tensor in pair)
 
 

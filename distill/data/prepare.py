@@ -53,7 +53,7 @@ class PrepareConfig:
     size: int = 64
     channels: int = 32
     codec: str = ""  # folder of an existing codec; empty fits one on train frames
-    mix: tuple[float, ...] = (0.4, 0.23, 0.17, 0.2)  # speak, listen, silence, switching
+    mix: tuple[float, ...] = (0.4, 0.25, 0.15, 0.2)  # speak, listen, silence, switching
     held_out_mix: tuple[float, ...] = (0.3, 0.3, 0.25, 0.15)  # validation and test
 
 
