@@ -69,7 +69,10 @@ class Monitor:
         after = _some_weights(engine, role)
         moved = torch.stack([(a - b).square().sum() for a, b in zip(after, before, strict=True)]).sum()
         size = torch.stack([weight.square().sum() for weight in before]).sum()
-        logs[f"optim/update_{role}"] = (moved / size.clamp_min(1e-30)).sqrt()
+        both = engine.mean({"moved": moved, "size": size})  # of all parts, where weights lie in parts
+        logs[f"optim/update_{role}"] = (
+            torch.as_tensor(both["moved"]) / torch.as_tensor(both["size"]).clamp_min(1e-30)
+        ).sqrt()
 
     def gauges(self, step: int, scalars: Mapping[str, float]) -> None:
         """Take what was measured on pictures at this step."""

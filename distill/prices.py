@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def renew(paths: list[Path]) -> None:
     for path in progress(paths, "recipes"):
         recipe = load(path)
         if recipe.phases:
-            prices[str(path)] = asdict(price(recipe, digest(path)))
+            with suppress(UserError):  # of what the planner cannot follow nothing is known beforehand
+                prices[str(path)] = asdict(price(recipe, digest(path)))
     write_json(FILE, prices)
 
 

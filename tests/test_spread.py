@@ -40,7 +40,7 @@ JUDGED = [f"stage3-{kind}-gan" for kind in KINDS]
 LARGE = [f"stage3-{kind}-large" for kind in ("fsdp2_offload", "zero1", "zero2_offload", "zero3_offload")]
 STOPPED = "stage2-fsdp2-stop"
 RESUMED = ["stage2-fsdp2-resumed", "stage2-zero3-resumed"]
-UNLIKE = ("perf/step_s", "health/")
+UNLIKE = ("perf/step_s", "health/", "optim/update_")
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -85,7 +85,8 @@ def final(run: Path) -> dict[str, dict[str, Tensor]]:
 
 def curves(run: Path) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    # Spreads over a batch (health/) are not means over its parts: they differ, and nothing but the verdict reads them.
+    # Spreads over a batch (health/) are not means over its parts, and the share of its size by which a network moved is
+    # read off some of its weights, other ones where they lie in parts. Nothing but the verdict looks at either.
     kept = [{name: float(value) for name, value in row.items() if not name.startswith(UNLIKE)} for row in rows]
     return [row for row in kept if len(row) > 1]
 
