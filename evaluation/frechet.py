@@ -50,7 +50,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """a [n, D], b [m, D] -> squared Frechet distance of the Gaussians with their means and covariances."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchmetrics warns about the size of a buffer that this metric does not keep
-        metric = FrechetInceptionDistance(feature=AsTheyAre(a.shape[1])).set_dtype(torch.float64)
+        # What one of several processes scores is its own: the others may not be there to gather from.
+        metric = FrechetInceptionDistance(feature=AsTheyAre(a.shape[1]), sync_on_compute=False).set_dtype(torch.float64)
     metric.update(a.double(), real=False)
     metric.update(b.double(), real=True)
     return max(metric.compute().item(), 0.0)
