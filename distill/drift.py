@@ -185,14 +185,12 @@ def layout_of(plan: Plan) -> Layout:
 def injected_distance(test: LatentDataset, rows: Tensor, truth: Windows, anchor: Tensor, layout: Layout) -> Tensor:
     """The identity distance that the injected drift must show [N, R]: the undrifted windows moved by what the renderer
     says that the parameters alone change, in pictures at rest."""
-    people_now = test.characters[rows]
     share = INJECTED * torch.cat([torch.zeros(1), layout.minutes.flatten().float()])  # the start comes first
     on = on_the_way(test, rows, share)  # [N, 1 + R P, D]
     rest = torch.zeros(on.shape[0] * on.shape[1], 1, len(puppet.MOTION))
     pictures = as_float(puppet.render(on.flatten(0, 1), rest, test.size))
     seen = torch.cat([measure(part).identity[:, 0] for part in pictures.split(256)]).unflatten(0, on.shape[:2])
     change = (seen[:, 1:] - seen[:, :1]).unflatten(1, layout.minutes.shape)  # [N, R, P, D]
-    assert len(people_now) == len(truth.identity)
     lengths = torch.tensor([(part.stop - part.start) // 12 for part in layout.parts.values()])
     return identity_windows(truth.identity + change.repeat_interleave(lengths, 2), anchor, layout).mean(2)
 

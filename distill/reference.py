@@ -6,7 +6,7 @@ speaks where all of these are the same, up to the step it was measured at: `insi
 
 Of the values y[s, k] of S seeds at logged step k, low and high hold a further run with probability .999 per value (the
 prediction interval of Student's t), the variance being pooled over `POOLED` logged steps on either side; and they hold
-what was measured. Curves that stay above 0 are taken by their logarithm: what varies in a loss is a share of it.
+what was measured. Curves that stay above rounding are taken by their logarithm: what varies in a loss is a share of it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,12 @@ import torch
 from torch import Tensor
 
 from distill.config import Recipe
-from evaluation.crossed import p_value
+from evaluation.bootstrap import student_quantile
 
 POOLED = 2
 RARE = 0.001  # share of healthy values outside
 SHOWN = 3  # curves named in a line
+ROUNDING = 1e-6  # what another CPU or number of threads may make of a 0
 # What changes no curve, or is known in another form (data and teacher by their hashes, the parent by its recipe).
 ASIDE = ("name", "seed", "parent", "teacher", "data", "evaluation", "health", "gate")
 ASIDE_TRAIN = ("sample_every", "save_every", "keep", "max_nonfinite")
@@ -59,7 +59,7 @@ class Band:
         found = []
         for tag, value in values.items():
             known = self.curves.get(tag, {}).get(step)
-            if known is not None and (value < known[1] or value > known[2]):
+            if known is not None and (value < known[1] - ROUNDING or value > known[2] + ROUNDING):
                 _, low, high = known
                 far = max(low - value, value - high) / max(high - low, 1e-12)
                 found.append((far, f"{tag} {value:.3g} ({low:.3g}..{high:.3g})"))
@@ -161,7 +161,7 @@ def band_of(seeds: Sequence[Mapping[int, float]]) -> Curve:
     """Curves of S >= 2 seeds -> mean, low, high at the steps that all have, rounded outwards to four digits."""
     steps = sorted(set.intersection(*(set(curve) for curve in seeds)))
     values = torch.tensor([[curve[step] for step in steps] for curve in seeds], dtype=torch.float64)  # [S, K]
-    positive = bool((values > 0).all())
+    positive = bool((values > ROUNDING).all())
     scaled = values.log() if positive else values
     half = half_width(scaled)
     low = torch.minimum(scaled.mean(0) - half, scaled.amin(0))
@@ -179,18 +179,8 @@ def half_width(values: Tensor) -> Tensor:
     for k in range(steps):
         near = variance[max(0, k - POOLED) : k + POOLED + 1]
         df = (seeds - 1) * len(near)
-        out.append(quantile(df) * (near.mean() * (1 + 1 / seeds)).sqrt())
+        out.append(student_quantile(df, 1 - RARE / 2) * (near.mean() * (1 + 1 / seeds)).sqrt())
     return torch.stack(out)
-
-
-@lru_cache(maxsize=256)
-def quantile(df: int, rare: float = RARE) -> float:
-    """t that Student's distribution exceeds, on either side together, with probability `rare`."""
-    low, high = 0.0, 1e4
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if p_value(middle, 1.0, float(df)) > rare else (low, middle)
-    return high
 
 
 def _rounded(value: float, direction: int) -> float:

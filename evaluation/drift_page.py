@@ -106,7 +106,7 @@ HOW = (
 def verdict(missed: Sequence[str], broken: Sequence[str]) -> str:
     """One sentence."""
     if broken:
-        return f"Not to be trusted: {broken[0]} does not hold."
+        return f"Not to be trusted. Does not hold: {broken[0]}."
     if missed:
         return f"Missed {len(missed)}: {'; '.join(missed[:3])}{' ...' if len(missed) > 3 else ''}."
     return "Nothing drifts that can be told from chance, and the character stays alive."

@@ -92,7 +92,12 @@ class FastDiT:
     def stream(self) -> StreamConfig:
         return self.model.stream
 
+    @torch.no_grad()
     def start(self, cond: Conditions) -> KVCache:
+        """As CausalDiT.start; what follows from the text and the steps is made here, before there is audio."""
+        self._sights.read(cond)
+        for step in self.stream.steps if not self.flow_map else ():
+            self._time((step, None))
         return self.model.start(cond)
 
     @property

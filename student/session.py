@@ -75,8 +75,8 @@ class Session:
         told = self.told(self.heard.features, text)
         self._backbone = model.backbone.streaming()
         self._refiner = None if model.refiner is None else model.refiner.streaming()
-        self.draft_cache: Cache = model.backbone.start(told)
-        self.final_cache: Cache | None = None if model.refiner is None else model.refiner.start(told)
+        self.draft_cache: Cache = self._backbone.start(told)
+        self.final_cache: Cache | None = None if self._refiner is None else self._refiner.start(told)
         self._drafts: dict[int, Future[Draft]] = {}  # made ahead, by number: one, or two while a chunk is refined
         self._worker: ThreadPoolExecutor | None = None
 

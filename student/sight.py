@@ -85,7 +85,7 @@ class Sights:
         own, device = slice(len(turn) - gap.shape[1], None), gap.device.type
         # The precision in which the blocks make theirs.
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else gap.dtype
-        mask, text, heard = _mask(context[0], gap), self._read(cond), self._heard(cond)
+        mask, text, heard = _mask(context[0], gap), self.read(cond), self._heard(cond)
         for first in range(0, len(context), together):
             some = context[first : first + together]
             k, v = (
@@ -108,7 +108,7 @@ class Sights:
             self._places = known = (places, turn if dtype == torch.float64 else turn.to(torch.complex64))
         return known[1]
 
-    def _read(self, cond: Conditions) -> list[Pair]:
+    def read(self, cond: Conditions) -> list[Pair]:
         """Keys and values of the text for every block."""
         known = self._text
         if known is None or known[0] is not cond.text or known[1] is not cond.text_mask:

@@ -69,7 +69,8 @@ def evaluate(
 def write_chunk(
     model: Network, x0: Tensor, cond: Conditions, cache: Cache, history: History, generator: torch.Generator
 ) -> Cache:
-    """The same with the gradient of x0, for those who want it to flow from chunk to chunk."""
+    """Write a finished chunk into the cache as the history says, with the gradient of x0, for those who want it to flow
+    from chunk to chunk."""
     if isinstance(cache, KVCache) and history.kind == "matched":
         eps = gaussian(x0, generator)  # one noise: the levels lie on one path
         caches: list[KVCache] = []
@@ -86,7 +87,7 @@ def write_chunk(
 def remember_chunk(
     model: Network, x0: Tensor, cond: Conditions, cache: Cache, history: History, generator: torch.Generator
 ) -> Cache:
-    """Write a finished chunk into the cache as the history says, without gradient."""
+    """`write_chunk` without gradient."""
     return write_chunk(model, x0.detach(), cond, cache, history, generator)
 
 

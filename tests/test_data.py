@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.data import dataset, puppet, sentences, speech, timeline, version, video, voices
+from distill.data import dataset, puppet, redraw, sentences, speech, timeline, version, video, voices
 from distill.data.batch import keyed_generator
 from distill.data.prepare import PrepareConfig, draft, prepare
 from distill.data.records import from_dataset, to_dataset
 from distill.errors import UserError
+from evaluation.geometry import measure
 from teacher.audio import SAMPLE_RATE, log_mel
 from teacher.codec import PCACodec
 from teacher.conditions import AUDIO_PER_LATENT, PAST, SILENCE
@@ -190,6 +191,22 @@ def test_stored_latents_decode_to_the_redrawn_frames(folder: Path) -> None:
     assert latents is not None
     expected = data.codec().encode(data.frames(index).float() / 255)
     torch.testing.assert_close(latents, expected, atol=5e-3, rtol=1e-3)  # half precision on disk
+
+
+def test_reference_draws_differ_in_chance_alone_and_are_measured_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = dataset.load(folder, "test")
+    batch, codec = data.all(), data.codec()
+    one, again, other = (redraw.another_draw(data, batch, codec, 7, draw) for draw in (0, 0, 1))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    measured = []
+    monkeypatch.setattr(redraw, "measure", lambda frames: measured.append(frames) or measure(frames))
+    first, second = (redraw.reference_tracks(data, batch, codec, 7) for _ in range(2))
+    assert len(first) == len(measured) == redraw.REFERENCE_DRAWS
+    for kept, made in zip(second, first, strict=True):
+        assert all(torch.equal(getattr(kept, name), value) for name, value in vars(made).items())
+    torch.testing.assert_close(first[0].mouth, measure(codec.decode(batch.latents)).mouth, atol=1e-4, rtol=1e-4)
 
 
 def test_stored_waves_give_the_stored_features(folder: Path) -> None:

@@ -42,6 +42,7 @@ def test_the_interval_of_a_slope_covers_the_true_one_as_often_as_it_says(people:
 def test_quantiles_of_student_are_those_of_the_tables():
     assert student_quantile(23, 0.975) == pytest.approx(2.0687, abs=1e-4)
     assert student_quantile(1, 0.975) == pytest.approx(12.7062, abs=1e-3)
+    assert student_quantile(30, 0.9995) == pytest.approx(3.646, abs=1e-3)
     assert student_quantile(10, 0.95) == pytest.approx(1.8125, abs=1e-4)
 
 

@@ -21,7 +21,7 @@ from distill.errors import ExitCode, UserError
 from distill.gates import GateConfig
 from distill.health import LIMITS, HealthConfig, judge
 from distill.monitor import Monitor, muted
-from distill.reference import Band, Origin, Reference, as_json, band_of, find, measured, quantile, read, settings
+from distill.reference import Band, Origin, Reference, as_json, band_of, find, measured, read, settings
 from distill.state import checkpoint, lineage
 from evaluation.quality import color_drift, color_shift, contrast_ratio
 from teacher.conditions import SILENCE
@@ -197,10 +197,6 @@ def test_a_band_holds_further_healthy_runs_and_not_others() -> None:
     assert Reference(band).compare(20, {"train/dmd": 2.0}).startswith("outside band: train/dmd 2 (0.")
     assert Reference(band).compare(110, {"train/dmd": 9.0}) == ""  # beyond what was measured
     assert Reference(band).compare(20, {"train/sid": 9.0}) == ""
-
-
-def test_the_quantile_is_that_of_students_t() -> None:
-    assert quantile(4, 0.05) == pytest.approx(2.776, abs=1e-3) and quantile(30, 0.001) == pytest.approx(3.646, abs=1e-3)
 
 
 def test_bands_speak_only_where_nothing_that_matters_differs(tmp_path: Path) -> None:

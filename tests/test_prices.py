@@ -9,8 +9,11 @@ import pytest
 
 from distill import prices
 from distill.config import load
+from distill.engine.config import EngineConfig
 from distill.listing import recipes
 from distill.options import Options
+from distill.plan import GB, plan
+from distill.standing import Setting
 
 GPU_RECIPES = sorted(path for scale in ("1.3b", "17b") for path in Path("recipes", scale).glob("stage*.yaml"))
 
@@ -28,6 +31,9 @@ def test_the_smallest_offer_that_holds_the_recipe_is_taken():
     assert found == kept
     smaller = [offer for offer in prices.OFFERS if offer < (found.gpus, found.gpu_memory)]
     assert smaller  # or this test compares nothing
+    for gpus, memory in smaller:
+        setting = Setting(load(path), gpus, EngineConfig(kind="plain" if gpus == 1 else "fsdp2"))
+        assert not plan(setting, memory * GB).fits
 
 
 def test_hours_on_a_cpu_are_those_of_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
