@@ -32,7 +32,7 @@ class TrajectoryConfig:
     count: int = 256
     steps: int = 16
     shift: float = 3.0
-    text: float = 1.5  # guidance weights
+    text: float = 1.0  # guidance weights
     audio: float = 1.5
     batch_size: int = 32
 

@@ -60,7 +60,8 @@ class TeacherClips:
 
 def teacher_clips(data: Path, fingerprint: str, teacher_hash: str) -> Path:
     """Where the clips of this teacher on this data set are kept."""
-    facts = (teacher_hash, fingerprint, TEACHER_STEPS, BenchConfig().seed)
+    bench = BenchConfig()
+    facts = (teacher_hash, fingerprint, TEACHER_STEPS, bench.seed, bench.guidance)
     return data / f"teacher-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.safetensors"
 
 

@@ -197,10 +197,6 @@ class Trainer:
     def backward(self, role: str, loss: Tensor, roll: Roll, last: bool) -> None:
         """Gradients of the loss; what was rolled out without a graph is run again in parts, one graph at a time."""
         parts = 0 if roll.replay is None else len(roll.replay)
-        if parts and not self.engine.replays:
-            raise UserError(
-                "ZeRO cannot replay the rollout `long`: take recipes/accelerate/fsdp2.yaml, or rollout.kind self."
-            )
         self.engine.backward(role, loss, last and not parts)
         again = roll.again()
         for number in range(1, parts + 1):

@@ -33,7 +33,7 @@ class BenchConfig:
     teacher_steps: int = 50
     sampler: str = "euler"  # or heun
     shift: float = 3.0
-    text: float = 1.5  # guidance of the teacher
+    text: float = 1.0  # guidance of the teacher: of text it costs motion in silence (docs/LOG.md)
     audio: float = 1.5
     batch_size: int = 16
     clips: int = 64

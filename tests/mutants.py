@@ -381,10 +381,17 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("distill/engine/fsdp.py", "spread"): [
         ("                module.reshard()", "                pass", "gathered weights outlive their masters"),
+        ("        self.refresh(role)\n\n    def pieces", "\n    def pieces", "recomputed adapters stay gathered"),
     ],
     ("distill/engine/zero.py", "spread"): [
         ("boundary(last)", "boundary(True)", "only the last micro-step counts"),
         ("optimizer.update_lp_params()", "pass", "masters that change reach no weights"),
+        (
+            "if not (forward and torch._C",
+            "if True or not (forward and torch._C",
+            "a repeated layer is let go too early",
+        ),
+        ("self.dtype != torch.float32 and whole", "False", "masters that start from bf16 weights"),
     ],
     ("teacher/naming.py", "weights"): [
         ('"d c p q -> d (p q c)"', '"d c p q -> d (q p c)"', "rows and columns of a patch swapped"),

@@ -65,6 +65,7 @@ VARIANTS: dict[str, tuple[list[str], dict[str, int]]] = {
     "bf16": (["train.steps=2", "train.precision=bf16"], {}),
     "lora": ([ADAPTED, AGAIN], {}),
     "large": ([ADAPTED, AGAIN, "train.steps=2", "train.precision=bf16", "train.grad_accumulation=2"], {}),
+    "long": (["rollout={kind: long, chunks: 4, grad_chunks: 2, max_chunks: 8}", "train.steps=4"], {}),
     "gan": ([*JUDGED, AGAIN, "train.steps=2"], {}),
     "resumed": ([], {}),  # its folder holds the checkpoint of step 6 of another engine
     "kill": ([], {"kill": 4}),
@@ -109,7 +110,7 @@ def gauge(step: int, roles: Roles) -> tuple[dict[str, float], dict[str, Tensor]]
     cond, x0 = conditions(FRAMES, 2, dtype=torch.float32), latents(FRAMES, 2, dtype=torch.float32)
     with torch.no_grad():
         v = roles.causal("student")(x0, torch.full((2,), 0.5, dtype=torch.float64), cond)
-    return {"health/v": float(v.square().mean())}, {}
+    return {"gauge/v": float(v.square().mean())}, {}  # health/ is not compared
 
 
 def recipe(folder: Path, stage: str, *changes: str) -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import at_step, batch_of, conditions, latents, normal, small_roles
+from conftest import at_step, batch_of, conditions, latents, normal, small_dit, small_roles
 from torch import Tensor
 
 from distill import cli, launch, tracking
 from distill.contracts import Roles, Roll
 from distill.data.batch import Batch
-from distill.engine import load_engine
+from distill.engine import Engine, load_engine
 from distill.engine.config import KINDS
 from distill.errors import UserError
 from distill.rollout import _step_per_chunk
@@ -157,6 +158,29 @@ def test_a_signal_that_the_launcher_repeats_counts_once(monkeypatch: pytest.Monk
         monkeypatch.setattr(tracking, "REPEAT_SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+# ---- compiled blocks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_give_the_velocities_and_gradients_of_eager_ones() -> None:
+    def run(compiled: bool) -> list[Tensor]:
+        model, engine = small_dit(1, dtype=torch.float32, depth=1), Engine("fp32")
+        if compiled:
+            engine.compile(model)
+        v = model(
+            latents(2, dtype=torch.float32), torch.tensor([0.3, 0.8]).double(), conditions(2, dtype=torch.float32)
+        )
+        v.square().sum().backward()
+        called.append(model.blocks[0]._compiled_call_impl is not None)
+        return [v.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    called: list[bool] = []
+    eager, compiled = run(False), run(True)
+    assert called == [False, True] and len(eager) == len(compiled)
+    for ours, theirs in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 # ---- shards -----------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ class FSDP2(Pieced):
             dit.to(self.device)
         heads = getattr(dit, "heads", None)
         # A view has adapters alone, its base is sharded as a network of its own.
-        blocks: list[nn.Module] = [] if isinstance(dit, AdaptedDiT) else list(dit.blocks)
+        blocks: list[nn.Module] = list(dit.adapters.layers.values() if isinstance(dit, AdaptedDiT) else dit.blocks)
         for module in [*blocks, *(heads.children() if heads is not None else [])]:
             fully_shard(module, **policy)
         fully_shard(dit, **policy)
@@ -131,6 +131,8 @@ class FSDP2(Pieced):
 
     def backward(self, role: str, loss: Tensor, last: bool = True) -> None:
         loss.backward()
+        # A recomputed layer that no gradient reaches, as the last block's behind references, stays gathered.
+        self.refresh(role)
 
     def pieces(self, role: str) -> Pieces:
         return Pieces(_piece(name, p, p) for name, p in self.models[role].named_parameters() if _rows(p))

@@ -31,7 +31,6 @@ Value = TypeVar("Value")
 class Engine:
     """One process: fp32 master weights, autocast compute, clipping."""
 
-    replays = True  # whether a backward pass may end before it reaches a weight, as those of replayed rollouts do
     sharded = False  # whether a network lies in pieces, so that all processes must run it together
 
     def __init__(self, precision: str = "fp32", config: EngineConfig | None = None):

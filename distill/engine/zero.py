@@ -24,6 +24,7 @@ from distill.engine.config import EngineConfig
 from distill.engine.fsdp import FSDP2, in_pieces, inner
 from distill.engine.pieces import Piece, Pieces
 from distill.engine.plain import Engine
+from distill.engine.replicated import BUCKET
 from distill.errors import UserError
 from teacher.blocks import Block
 from teacher.dit import DiT
@@ -33,8 +34,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 class ZeRO(FSDP2):
     """Optimizer state (1), gradients (2) and weights (3) of every trained role over all processes."""
-
-    replays = False  # DeepSpeed's reduction fails on it
 
     def __init__(self, precision: str, config: EngineConfig):
         super().__init__(precision, config)
@@ -109,6 +108,7 @@ class ZeRO(FSDP2):
     def settings(self, clip: float) -> dict[str, Any]:
         """DeepSpeed's configuration: what follows from recipe and engine, the file's `deepspeed` block laid over it."""
         zero: dict[str, Any] = {"stage": self.stage, "overlap_comm": self.device.type == "cuda"}
+        zero["reduce_bucket_size"] = BUCKET  # its own default would cost every trained network 1 GB of bf16
         if self.stage == 3:
             zero |= {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
             # Its thrifty linear layer would replace torch's for every network of the process.
@@ -131,6 +131,9 @@ class ZeRO(FSDP2):
     # ---- one update ---------------------------------------------------------------------------------------
 
     def backward(self, role: str, loss: Tensor, last: bool = True) -> None:
+        if not _reaches(loss, self.models[role]):  # as the first pass of a replayed rollout, which ends at x0
+            loss.backward()
+            return
         engine, optimizer = self.engines[role], self.optimizers[role]
         running = self.deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK
         depth = len(running)
@@ -251,6 +254,21 @@ class ZeRO(FSDP2):
                 if (part := p._hp_mapping) is not None:
                     here, there = part.lp_fragment_address, part.hp_fragment_address
                     yield names[id(p)], tuple(p.shape), here.start, group, there.start, here.numel
+
+
+def _reaches(loss: Tensor, model: nn.Module) -> bool:
+    """Whether the backward pass of `loss` comes to a weight of `model`: where none is, DeepSpeed finds no bucket to
+    reduce. A weight lies at the end of any path that goes deep, so the search is short where there is one."""
+    weights, seen, waiting = {id(p) for p in model.parameters()}, set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if id(getattr(node, "variable", None)) in weights:
+            return True
+        seen.add(node)
+        waiting.extend(following for following, _ in node.next_functions)
+    return False
 
 
 def _keep_while_repeating(coordinator: Any) -> None:
