@@ -1,8 +1,7 @@
 """`python -m distill`: see distill/cli.py."""
 
-import sys
-
 from distill.cli import main
+from distill.launch import leave
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from evaluation.latency import GROWTH, Track
+from evaluation.latency import GROWTH, Track, quantile
 from evaluation.page import shell
 from evaluation.plots import Chart, Series, line_chart
 
@@ -29,11 +29,12 @@ def verdicts(told: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
     """(aim, measured, reached) of every aim that the run can speak about."""
     horizon, last = list(told["horizons"].items())[-1]
     chunk, p95, grown, pair = told["chunk_seconds"], last["p95_s"], told["growth"], told["against_teacher"]
-    first, allowed = statistics.median(trial["first_frame_s"] for trial in told["first_frame"]), chunk + p95
+    first = statistics.median(trial["first_frame_s"] for trial in told["first_frame"])
+    allowed = chunk + quantile(sorted(s for trial in told["first_frame"] for s in trial["later_s"]), 0.95)
     return [
         ("p95 per chunk under its length", f"{1000 * p95:.0f} of {1000 * chunk:.0f} ms", p95 < chunk),
         (
-            "first frame within a chunk and one chunk's compute (p95)",
+            "first frame within a chunk and one live chunk's compute (p95)",
             f"{1000 * first:.0f} of {1000 * allowed:.0f} ms",
             first < allowed,
         ),

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import warnings
+from functools import partialmethod
 from pathlib import Path
 
 import torch
@@ -25,11 +26,13 @@ from distill.data.batch import Batch
 from distill.engine import Engine, load_engine, make_engine
 from distill.engine.process import told
 from distill.errors import UserError
+from distill.launch import leave
 from distill.roles import Origin, term_heads
 from distill.runs import StageRun
 from distill.trainer import Trainer
 from student.causal_dit import CausalDiT
 from teacher.adapted import AdaptedDiT
+from teacher.blocks import Block
 from teacher.dit import DiT
 from teacher.embedder import IdentityEmbedder
 
@@ -65,6 +68,8 @@ VARIANTS: dict[str, tuple[list[str], dict[str, int]]] = {
     "bf16": (["train.steps=2", "train.precision=bf16"], {}),
     "lora": ([ADAPTED, AGAIN], {}),
     "large": ([ADAPTED, AGAIN, "train.steps=2", "train.precision=bf16", "train.grad_accumulation=2"], {}),
+    "two": (["train.steps=2"], {}),
+    "compiled": (["train.steps=2", "train.compile=true"], {}),
     "long": (["rollout={kind: long, chunks: 4, grad_chunks: 2, max_chunks: 8}", "train.steps=4"], {}),
     "gan": ([*JUDGED, AGAIN, "train.steps=2"], {}),
     "resumed": ([], {}),  # its folder holds the checkpoint of step 6 of another engine
@@ -179,6 +184,8 @@ def trainer(folder: Path, case: str, seed: int = 0) -> Trainer:
 
 def main(folder: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
+    # Traced and differentiated ahead of time, not made into C++: that takes minutes, tests/test_engine.py does it once.
+    Block.compile = partialmethod(nn.Module.compile, backend="aot_eager")  # type: ignore[method-assign, assignment]
     for case in cases:
         made = trainer(folder, case)
         made.fit(gauge)
@@ -192,4 +199,5 @@ if __name__ == "__main__":
             main(Path(sys.argv[1]), sys.argv[2:])
     except UserError as error:
         print(error.message, file=sys.stderr)
-        sys.exit(int(error.code))
+        leave(int(error.code))
+    leave(0)

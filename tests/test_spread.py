@@ -38,6 +38,8 @@ JUDGED = [f"stage3-{kind}-gan" for kind in KINDS]
 # As the 17b recipes are: bf16, adapters, recomputed blocks, accumulated steps. Offloading needs a GPU to mean anything
 # for FSDP2, DeepSpeed does it here.
 LARGE = [f"stage3-{kind}-large" for kind in ("fsdp2_offload", "zero1", "zero2_offload", "zero3_offload")]
+COMPILED = [f"stage2-{kind}-compiled" for kind in KINDS]
+LONG = [f"stage3-{kind}-long" for kind in KINDS]
 STOPPED = "stage2-fsdp2-stop"
 RESUMED = ["stage2-fsdp2-resumed", "stage2-zero3-resumed"]
 UNLIKE = ("perf/step_s", "health/", "optim/update_")
@@ -61,13 +63,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         checkpoint.write_tensors(folder / "start" / role, dict(model.state_dict()))
     for stage in spread.STAGES:
         spread.trainer(folder, f"{stage}-plain").fit(spread.gauge)
-    for case in ("stage2-plain-accumulate", "stage2-plain-poison", "stage2-plain-bf16", "stage2-plain-lora"):
-        spread.trainer(folder, case).fit(spread.gauge)
-    for case in ("stage3-plain-lora", "stage3-plain-gan", "stage3-plain-large"):
-        spread.trainer(folder, case).fit(spread.gauge)
+    for what in ("accumulate", "poison", "bf16", "lora", "two"):
+        spread.trainer(folder, f"stage2-plain-{what}").fit(spread.gauge)
+    for what in ("lora", "gan", "large", "long"):
+        spread.trainer(folder, f"stage3-plain-{what}").fit(spread.gauge)
     for case in RESUMED:
         hand_over(folder / "stage2-plain", folder / case)
-    done = processes(folder, *WHOLE, *SHORT, *RESUMED, *ADAPTED, *JUDGED, *LARGE, STOPPED)  # the last ends them all
+    cases = (*WHOLE, *SHORT, *RESUMED, *ADAPTED, *JUDGED, *LARGE, *COMPILED, *LONG)
+    done = processes(folder, *cases, STOPPED)  # which ends them all
     assert done.returncode == ExitCode.STOPPED, done.stdout[-2000:] + done.stderr[-4000:]
     return folder
 
@@ -144,6 +147,20 @@ def test_an_adversarial_head_learns_in_two_processes_what_it_learns_in_one(runs:
     assert_same(runs / case, runs / "stage3-plain-gan", steps=2)
     assert {"train/adversarial", "train/dmd", "train/critic_adversarial"} < set().union(*curves(runs / case))
     assert "heads.adversarial.out.weight" in final(runs / case)["critic"]
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_a_stream_that_is_replayed_part_by_part_learns_in_two_processes_what_it_learns_in_one(
+    runs: Path, case: str
+) -> None:
+    """The first of its backward passes ends at x0 and reaches no weight; every process carries its own streams."""
+    assert_same(runs / case, runs / "stage3-plain-long", steps=4)
+    assert [row["rollout/age"] for row in curves(runs / case) if "rollout/age" in row][-1] == 8
+
+
+@pytest.mark.parametrize("case", COMPILED)
+def test_compiled_blocks_learn_in_two_processes_what_eager_ones_learn_in_one(runs: Path, case: str) -> None:
+    assert_same(runs / case, runs / "stage2-plain-two", steps=2)
 
 
 @pytest.mark.parametrize("case", LARGE)

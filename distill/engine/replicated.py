@@ -7,7 +7,6 @@ backward pass; where that matters, networks are large and sharded anyway.
 
 from __future__ import annotations
 
-import atexit
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -32,7 +31,6 @@ class Replicated(Engine):
             if not dist.is_torchelastic_launched():  # one process: FSDP2 and ZeRO want a group nevertheless
                 alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
             dist.init_process_group(backend, timeout=timedelta(minutes=config.timeout_minutes), **alone)
-            atexit.register(_leave)
         super().__init__(precision, config)
 
     @property
@@ -74,12 +72,6 @@ class Replicated(Engine):
 
     def barrier(self) -> None:
         dist.barrier()
-
-
-def _leave() -> None:
-    """A thread of gloo that outlives the interpreter would abort a process whose work is done."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def all_reduce_mean(tensors: list[Tensor]) -> None:
