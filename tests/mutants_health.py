@@ -15,10 +15,10 @@ HEALTH: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("distill/monitor.py", "health"): [
         ("(batch.state == code).any(1) & quiet", "quiet", "silence where nobody speaks"),
         ("severity < self.best[1]", "severity > self.best[1]", "the worst checkpoint is kept"),
-        ("(moved / size.clamp_min(1e-30)).sqrt()", "moved / size.clamp_min(1e-30)", "size of an update squared"),
+        ("        ).sqrt()\n\n    def gauges", "        )\n\n    def gauges", "size of an update squared"),
     ],
     ("distill/reference.py", "health"): [
-        ("value < known[1] or value > known[2]", "value > known[2]", "nothing is below a band"),
+        ("value < known[1] - ROUNDING or ", "", "nothing is below a band"),
         ("(1 + 1 / seeds)", "(1 / seeds)", "the interval of the mean instead of a run's"),
         ("if band.origin == origin:", "if True:", "bands of other data speak"),
     ],

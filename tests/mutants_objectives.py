@@ -55,7 +55,7 @@ OBJECTIVES: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("student/stream.py", "flow_map"): [
         ("xt = x if model.flow_map and index else add_noise", "xt = add_noise", "a flow map noised afresh"),
-        ("t - r)  # x_r", "t)  # x_r", "a flow map jumps to the end at every step"),
+        ("cache.at(index), r), t - r)", "cache.at(index), r), t)", "a flow map jumps to the end at every step"),
     ],
     ("teacher/dit.py", "flow_map"): [
         ("nn.init.zeros_(last.weight)", "nn.init.ones_(last.weight)", "the second time input speaks at once"),

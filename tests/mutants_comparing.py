@@ -1,0 +1,59 @@
+"""Mutants of plans, grids and comparisons: see tests/mutants.py."""
+
+COMPARING: dict[tuple[str, str], list[tuple[str, str, str]]] = {
+    ("distill/costs.py", "memory"): [
+        ("for_keys = 12 if machine.cuda else 16", "for_keys = 0", "keys alone keep nothing"),
+        ("2 * (inside + head + own + memory)", "(inside + head + own + memory)", "gradients of weights cost nothing"),
+        ("2 * a * kv + 2 * s * n", "a * kv + 2 * s * n", "values are not kept"),
+    ],
+    ("distill/standing.py", "plan"): [
+        (
+            'found = {} if "teacher" in self.trained else {"teacher": whole}',
+            "found: dict[str, int] = {}",
+            "the teacher weighs nothing",
+        ),
+    ],
+    ("distill/probe.py", "memory"): [
+        ("ctx.held = list(context)", "ctx.held = []", "checkpointing keeps no context"),
+        ("own.cast = own.gradients = None", "own.cast = None", "gradients stay for ever"),
+    ],
+    ("distill/modules.py", "modules"): [
+        ("if own is not None and name in shipped_names:", "if own == 0:", "a file takes a shipped loss's place"),
+        ("found.setdefault(path.stem, path)", "found[path.stem] = path", "the farthest folder wins"),
+    ],
+    ("distill/runs.py", "modules"): [
+        ('"utf-8")) != meaning(path', '"utf-8")) == meaning(path', "a changed loss goes on in the old run"),
+    ],
+    ("distill/grid.py", "ablate"): [
+        ("own_seed = seed if last or", "own_seed = seed if last and", "parents of another seed"),
+        ('"code": {path.name', '"mode": {path.name[:0]', "an edited loss counts as the old one"),
+    ],
+    ("distill/progress.py", "ablate"): [
+        (
+            "if any(part.key == job.key for part in plan.chain(other.key)):",
+            "if other.key == job.key:",
+            "what needs a failed job waits for ever",
+        ),
+    ],
+    ("distill/jobs.py", "ablate"): [
+        ("one.process.send_signal(signal.SIGTERM)", "one.process.poll()", "ctrl-C does not reach the jobs"),
+        ("_ready(plan, progress)[: count - len(running)]", "_ready(plan, progress)", "all jobs at once"),
+    ],
+    ("evaluation/crossed.py", "arms"): [
+        (
+            "total = ms_seeds + torch.where(more, ms_people - ms_rest, 0.0)",
+            "total = torch.where(more, ms_people, ms_rest)",
+            "the luck of a training counts as an effect",
+        ),
+        ("sums * sums.shape[1] / count", "sums / count", "people weigh too little"),
+        ("p * len(known) / (len(known) - above)", "p", "p-values for one test among many"),
+    ],
+    ("evaluation/arms.py", "arms"): [
+        ("if not abs(entry.error) >= metric.matters or not", "if not", "marks for what nobody would notice"),
+        (
+            "metric.errors(ours) - metric.errors(theirs)",
+            "metric.errors(theirs) - metric.errors(ours)",
+            "better and worse change places",
+        ),
+    ],
+}
