@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from distill import export as exporting
 from distill import gates, launch
@@ -103,7 +104,7 @@ def trajectories(options: Options) -> None:
 
 
 def make(options: Options, folder: Path, parent: str | None = None) -> None:
-    """Sample the trajectories of the recipe's parent unless they are there."""
+    """Sample the trajectories of the recipe's parent unless they are there; UserError when those there are others."""
     recipe = replace(options, several=True).load("trajectories")
     need_data(recipe)
     if recipe.parent in (None, "teacher"):
@@ -112,16 +113,22 @@ def make(options: Options, folder: Path, parent: str | None = None) -> None:
         origin = _finished(recipe, folder, parent)
     target = folder / "trajectories"
     if (target / checkpoint.MANIFEST).is_file():
-        made_from = (lineage.read(target).data.get("parent") or {}).get("manifest_sha256")
-        if made_from == origin.hash:
-            print(f"{target} is done.")
-            return
+        stored = lineage.read(target)
+        if stored.parent_hash != origin.hash or _decides(stored.recipe) != _decides(recipe.resolved):
+            raise UserError(f"{target} holds trajectories of another teacher or of other settings: take another RUN.")
+        print(f"{target} is done.")
+        return
     source = dataset.load(Path(recipe.data.path), "train")
     print(f"trajectories: {recipe.trajectories.count} clips of the teacher {origin.path}", flush=True)
     with _timed(options, "trajectories"):
         dit = network(recipe.model, origin, "ema").eval()
         model = dit if origin.stage == "teacher" else CausalDiT(dit, recipe.student)
         make_trajectories(recipe, model, origin, source, target)
+
+
+def _decides(resolved: dict[str, Any]) -> list[Any]:
+    """What of a recipe the trajectories hang on, besides their teacher."""
+    return [resolved.get("trajectories"), resolved.get("student", {}).get("steps"), resolved.get("seed")]
 
 
 def export(options: Options) -> None:

@@ -127,8 +127,20 @@ def horizon(facts: Mapping[str, Any]) -> str:
 def setting(facts: Mapping[str, Any]) -> str:
     """What streamed."""
     told = facts["settings"]
-    stream = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in told["stream"].items())
+    stream = plainly(told["stream"])
     return f"weights {facts['weights'][:12]}; {stream}; noise of seed {told['seed']}; data {told['data'][:8]}."
+
+
+def plainly(settings: Mapping[str, Any]) -> str:
+    """Settings as words: sink chunks 1, steps 1 0.8 0.45, history (kind fixed, noise 0.1)."""
+    said = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            value = f"({plainly(value)})"
+        elif isinstance(value, list | tuple):
+            value = " ".join(str(one) for one in value)
+        said.append(f"{key.replace('_', ' ')} {value}")
+    return ", ".join(said)
 
 
 def method(facts: Mapping[str, Any]) -> str:

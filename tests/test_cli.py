@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from distill import cli, pipeline, runs, tracking
-from distill.config import Recipe, TrainConfig
+from distill.config import Recipe, TrainConfig, load
 from distill.errors import ExitCode, UserError
 from distill.options import Options, run_name
+from distill.state import checkpoint, lineage
 from distill.tracking import StopSignal, Tracker
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -186,6 +187,22 @@ def test_options_reach_the_pipeline_as_given(monkeypatch: pytest.MonkeyPatch) ->
     options, stage = seen[0]
     assert (stage, options.parent, options.run, options.variant) == ("stage2", "p", "tiny-quick", "quick")
     assert options.overrides == ("train.steps=3", "name=a b")
+
+
+def test_trajectories_of_other_settings_or_of_another_teacher_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    path, teacher = ROOT / "recipes/tiny/trajectories.yaml", lineage.Manifest(Path("teacher"), "abc", {})
+    monkeypatch.setattr(pipeline, "need_data", lambda recipe: None)
+    monkeypatch.setattr(pipeline, "find_teacher", lambda recipe, folder: teacher)
+    told = lineage.describe(load(path), 0, teacher)
+    with checkpoint.committed(Path("runs/a/trajectories"), told, 10) as folder:
+        (folder / checkpoint.TENSORS).write_bytes(b"states")
+    pipeline.make(Options(recipe=path), Path("runs/a"))  # done, says so
+    with pytest.raises(UserError, match="of other settings: take another RUN"):
+        pipeline.make(Options(recipe=path, overrides=("trajectories.text=1.5",)), Path("runs/a"))
+    teacher = lineage.Manifest(Path("teacher"), "def", {})
+    with pytest.raises(UserError, match="of another teacher"):
+        pipeline.make(Options(recipe=path), Path("runs/a"))
+    assert Path("runs/a/trajectories", checkpoint.TENSORS).read_bytes() == b"states"
 
 
 def test_distill_runs_trajectories_and_the_four_stages_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
