@@ -1,7 +1,7 @@
 """Measure a run: every row of the table on held-out characters and speech, plus a long stream of each.
 
-A row is a network (or the data itself) and how it is sampled. Finished rows are kept under report/rows with the hash of
-the weights that made them, so a second call measures only what is new.
+A row is a network (or the data itself) and how it is sampled. Finished rows are kept under report/rows with the hashes
+of the weights and of the code that made them, so a second call measures only what is new.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from distill.data.batch import Batch
 from distill.data.dataset import LatentDataset
 from distill.data.redraw import REFERENCE_DRAWS, another_draw, reference_tracks
 from distill.runs import write_json
+from distill.state.lineage import sources
 from distill.tracking import progress
 from evaluation.bench import (
     LATENT_FPS,
@@ -77,6 +78,7 @@ class Bench:
             "bench": asdict(self.config),
             "data": self.test.fingerprint,
             "draws": REFERENCE_DRAWS,
+            "code": sources("teacher", "student", "evaluation"),
         }
         if (base / "key.json").is_file() and json.loads((base / "key.json").read_text()) == key:
             return load_values(base / "values.safetensors"), self._kept_drift(base)

@@ -20,6 +20,7 @@ from distill.config import Recipe, fingerprint, own_files
 from distill.errors import ExitCode, UserError
 from distill.state.checkpoint import MANIFEST, file_hash, newest, read_manifest
 
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("teacher", "student", "evaluation", "distill", "recipes")
 
 
@@ -168,16 +169,20 @@ def _target(stage: str) -> str:
 @cache
 def code_version() -> dict[str, str | None]:
     """sha256 over our own sources, and the commit where there is one."""
-    root = Path(__file__).resolve().parents[2]
-    digest = hashlib.sha256()
-    for path in sorted(p for package in PACKAGES for p in (root / package).rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     try:
-        command = ["git", "-C", str(root), "rev-parse", "--verify", "-q", "HEAD"]
+        command = ["git", "-C", str(ROOT), "rev-parse", "--verify", "-q", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    return {"sources": digest.hexdigest(), "commit": commit}
+    return {"sources": sources(*PACKAGES), "commit": commit}
+
+
+def sources(*packages: str) -> str:
+    """sha256 over the sources of these packages of ours."""
+    digest = hashlib.sha256()
+    for path in sorted(p for package in packages for p in (ROOT / package).rglob("*.py")):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def environment() -> dict[str, Any]:
