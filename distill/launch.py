@@ -82,9 +82,10 @@ def launch(own: dict[str, str], command: Sequence[str]) -> int:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process; for one of several at once. Threads of gloo, of groups that DeepSpeed holds on to, would abort
-    one exit in a few, and a run whose work is done would be called dead."""
-    if "RANK" not in os.environ:
+    """End this process; at once where it is one of several and its work is done. Threads of gloo, of groups that
+    DeepSpeed holds on to, would abort one exit in a few, and a finished run would be called dead. A failure takes the
+    long way, so that the process that failed first is the first to be seen."""
+    if "RANK" not in os.environ or status:
         sys.exit(status)
     sys.stdout.flush()
     sys.stderr.flush()

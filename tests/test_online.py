@@ -135,7 +135,7 @@ def test_a_repository_of_the_hub_is_downloaded_and_a_missing_folder_is_not(tmp_p
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **k: asked.append((name, k)) or tmp_path)
     assert OnlineLPM.from_pretrained("someone/lpm", revision="v1").folder == tmp_path
     assert asked == [("someone/lpm", {"revision": "v1"})]
-    for missing in (tmp_path / "nothing", "runs/tiny/online-lpm"):
+    for missing in (tmp_path / "nothing", "runs/no-such-run/online-lpm"):
         with pytest.raises(ValueError, match="holds no Online LPM"):
             OnlineLPM.from_pretrained(missing)
     assert len(asked) == 1
