@@ -106,6 +106,7 @@ TRAINING: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("distill/engine/zero.py", "spread"): [
         ("boundary(last)", "boundary(True)", "only the last micro-step counts"),
+        ("if not _reaches(loss, self.models[role]):", "if False:", "a replayed rollout finds no bucket to reduce"),
         ("optimizer.update_lp_params()", "pass", "masters that change reach no weights"),
         (
             "if not (forward and torch._C",

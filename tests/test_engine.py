@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +31,7 @@ from teacher.flow import sample_time
 
 STREAM = StreamConfig(chunk_frames=2, sink_chunks=1, window_chunks=1, steps=(1.0, 0.5))
 SHIPPED = sorted(Path("recipes/accelerate").glob("*.yaml"))
+ROOT = Path(__file__).resolve().parents[1]
 
 
 # ---- rows -------------------------------------------------------------------------------------------------
@@ -158,6 +161,18 @@ def test_a_signal_that_the_launcher_repeats_counts_once(monkeypatch: pytest.Monk
         monkeypatch.setattr(tracking, "REPEAT_SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(("rank", "status", "late"), [("0", 0, False), ("0", 5, True), (None, 0, True)])
+def test_only_a_worker_whose_work_is_done_ends_without_its_exit_handlers(
+    monkeypatch: pytest.MonkeyPatch, rank: str | None, status: int, late: bool
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    code = "import atexit; from distill.launch import leave; atexit.register(print, 'late'); print('said'); "
+    done = subprocess.run([sys.executable, "-c", f"{code}leave({status})"], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout.split()) == (status, ["said", "late"] if late else ["said"]), done.stderr
 
 
 # ---- compiled blocks --------------------------------------------------------------------------------------
