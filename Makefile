@@ -102,9 +102,9 @@ serve: $(VENV)/.serve ## a live page: [MODEL=folder] [COMPARE=folder] [PORT=8000
 latency: $(VENV)/.installed ## time per chunk, first frame, memory over an hour, and against the teacher (HORIZON=seconds)
 	@$(RUN_IT) latency $(ARGS) --model '$(MODEL)' --horizon '$(HORIZON)'
 
-drift: $(VENV)/.installed ## identity, motion and sync over MINUTES=10 of CHARACTERS=24, with controls ([BASELINE="teacher undistilled"] [STAGE=] [MODEL=])
-	@$(RUN_IT) drift $(ARGS) --minutes '$(MINUTES)' --characters '$(CHARACTERS)' --baseline '$(BASELINE)' --stage '$(STAGE)' \
-	  --model '$(MODEL)' --age '$(AGE)'
+drift: $(VENV)/.installed ## identity, motion and sync over MINUTES=10 of CHARACTERS=24, of RUN=run or grid ([BASELINE="teacher undistilled"] [STAGE=] [MODEL=] [SHARES=])
+	@$(RUN_IT) drift $(ARGS) --minutes '$(MINUTES)' --characters '$(CHARACTERS)' --shares '$(SHARES)' --baseline '$(BASELINE)' \
+	  --stage '$(STAGE)' --model '$(MODEL)' --age '$(AGE)'
 
 # ---- looking --------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,8 @@ from typing import Any
 
 from distill import pipeline, reference
 from distill.config import STAGES, Recipe, read
+from distill.data.prepare import read_fingerprint
+from distill.data.version import made_by
 from distill.errors import ExitCode, UserError
 from distill.options import Options
 from distill.reference import Band, Origin, as_json, measured, settings
@@ -116,7 +118,8 @@ def origin_of(manifest: Manifest) -> Origin:
     data: dict[str, Any] = manifest.data
     parent = lineage.read(data["parent"]["path"]) if data.get("parent") else None
     above = settings(parent.recipe) if parent and parent.stage != "teacher" else None
-    return Origin(settings(manifest.recipe), data["data_fingerprint"], data.get("teacher"), above)
+    facts = read_fingerprint(Path(manifest.recipe["data"]["path"]))
+    return Origin(settings(manifest.recipe), made_by(facts) if facts else None, data.get("teacher"), above)
 
 
 def write(path: Path, band: Band) -> None:

@@ -158,6 +158,7 @@ COMMANDS = {
         own=(
             ("minutes", "length of each stream (default: 10)"),
             ("characters", "how many held-out characters (default: 24)"),
+            ("shares", "3: every seed of a grid streams another third of the characters (default: all of them)"),
             ("baseline", "rows beside it, 'teacher undistilled stage2' (the teacher for its motion alone)"),
             ("stage", "stage1 to stage4, online_lpm or undistilled (default: the export, or the last stage)"),
             ("model", "an Online LPM folder instead of the run's"),

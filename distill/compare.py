@@ -26,7 +26,7 @@ from distill.options import Options
 from distill.progress import CARD, STATE
 from distill.runs import RESOLVED, RUNS, read_status, run_folder
 from distill.schema import differing_keys
-from evaluation.arms import Arm
+from evaluation.arms import Arm, over_minutes
 from evaluation.arms_page import Comparison, Reel, write_comparison
 from evaluation.bench import decode
 from evaluation.drift import Drift
@@ -90,6 +90,7 @@ def compare(options: Options) -> str:
     rows = torch.arange(min(count, len(test)))
     baseline = _baseline(options.own.get("baseline", ""), names, list(arms))
     made = [_arm(name, [m for seed in seeds for m in found if m.seed == seed]) for name, found in arms.items()]
+    _same_minutes(made)
     first = {name: next(m for m in found if m.seed == seeds[0]) for name, found in arms.items()}
     sheet, reels = _pictures(test, first)
     setting = {**members[0].key["bench"], "data": members[0].key["data"], "runs": names}
@@ -144,6 +145,12 @@ def _same_measurement(members: list[Member]) -> None:
             raise UserError(
                 f"{first.folder} and {other.folder} were scored on different data ({a['data'][:8]} and "
                 f"{b['data'][:8]}), so they cannot be compared: score both again on one data set."
+            )
+        if a["code"] != b["code"]:
+            run = other.folder.relative_to(RUNS)
+            raise UserError(
+                f"{first.folder} and {other.folder} were scored by different versions of the code, so they cannot be "
+                f"compared: score both again, `make score RUN={run}`."
             )
         differ = differing_keys({"bench": a["bench"]}, {"bench": b["bench"]})
         if differ:
@@ -203,7 +210,9 @@ def _arm(name: str, members: list[Member]) -> Arm:
     tags = [tag for tag in curves[0] if all(tag in curve for curve in curves)]
     costs = [_cost(member) for member in members]
     cost = {key: sum(c[key] for c in costs) / len(costs) for key in costs[0] if all(key in c for c in costs)}
-    long = [member.folder / "report" / "drift.json" for member in members]
+    long = _long(members)
+    if long:
+        values |= over_minutes(long)
     cost |= {key: float(values[key].nanmean()) for key in COSTS if key in values}
     return Arm(
         name,
@@ -213,8 +222,33 @@ def _arm(name: str, members: list[Member]) -> Arm:
         {tag: [curve[tag] for curve in curves] for tag in tags},
         members[0].resolved(),
         cost,
-        [json.loads(path.read_text(encoding="utf-8")) for path in long] if all(path.is_file() for path in long) else [],
+        long,
     )
+
+
+def _long(members: list[Member]) -> list[dict[str, Any]]:
+    """drift.json of every member, where all have one of the row that is compared."""
+    paths = [member.folder / "report" / "drift.json" for member in members]
+    long = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+    if len(long) < len(members) or any(told["subject"] != m.row for told, m in zip(long, members, strict=True)):
+        return []
+    for member, told in zip(members, long, strict=True):
+        if told["weights"] != member.key["source"]:
+            run = member.folder.relative_to(RUNS)
+            raise UserError(f"{member.folder}/report/drift.json is of other weights: run `make drift RUN={run}` again.")
+    return long
+
+
+def _same_minutes(arms: list[Arm]) -> None:
+    """Refuse long measurements of which one says nothing about the other."""
+    told = [(arm.name, seed, one) for arm in arms for seed, one in zip(arm.seeds, arm.long, strict=False)]
+    for name, seed, one in told:
+        other = next(first for _, same, first in told if same == seed)
+        if any(one[part] != other[part] for part in ("identities", "measured_by")):
+            raise UserError(
+                f"drift.json of '{name}', seed {seed}, was measured otherwise or with other characters than that "
+                f"of '{told[0][0]}': run `make drift` for both with the same MINUTES, CHARACTERS and code."
+            )
 
 
 def _curves(path: Path) -> dict[str, dict[int, float]]:

@@ -3,6 +3,7 @@
 Streams of held-out characters in which one utterance keeps returning, measured at its returns and thrown away; the
 controls that say whether the measure can be trusted; time and memory of one long session.
 RUN, MINUTES, CHARACTERS, BASELINE, MODEL  ->  runs/<run>/report/drift.json and drift.html
+A grid as RUN: the same for every cell that is done, for `make compare`.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from distill.data.recurrent import Plan, people
 from distill.data.timeline import FPS, LISTEN, SPEAK
 from distill.drift_keep import Keeper
 from distill.drift_rows import INJECTED, Source, controls, on_the_way, sampled, streamed
-from distill.errors import UserError
+from distill.errors import ExitCode, UserError
 from distill.judge import ensure_judge
 from distill.options import Options
+from distill.progress import STATE
 from distill.roles import find_teacher, network
 from distill.runs import RESOLVED, run_folder, write_json, write_text
 from distill.score import STUDENTS, last_stage, students
@@ -62,7 +64,30 @@ class Subject:
 
 
 def drift(options: Options) -> str:
-    """Measure a run's export, its last stage, or what STAGE or MODEL names; returns the table."""
+    """Measure a run's export, its last stage, or what STAGE or MODEL names, or every cell of a grid; returns the
+    tables."""
+    run = run_folder(options.run)
+    if not (run / STATE).is_file():
+        text = measure_run(options)
+        return f"{text}\nWrote {run}/report/drift.json and drift.html; next: open the page in a browser."
+    texts = []
+    for name in done_cells(run):
+        texts.append(f"{name}\n{measure_run(replace(options, run=f'{options.run}/{name}'))}")
+        print(texts[-1], flush=True)
+    return f"Wrote report/drift.json of {len(texts)} cells in {run}; next: make compare RUNS={options.run}."
+
+
+def done_cells(run: Path) -> list[str]:
+    """Folders of a grid's finished cells; UserError when there are none."""
+    cells = json.loads((run / STATE).read_text(encoding="utf-8"))["cells"]
+    done = [f"{cell['cell']}-seed{cell['seed']}" for cell in cells if cell["state"] == "done"]
+    if not done:
+        raise UserError(f"The grid {run} has no finished cell: run `make ablate` with it first.", ExitCode.DATA)
+    return done
+
+
+def measure_run(options: Options) -> str:
+    """One run; returns its table."""
     run = run_folder(options.run)
     minutes, count = _sizes(options)
     subject = find(options, run, options.own["stage"])
@@ -72,18 +97,16 @@ def drift(options: Options) -> str:
     size = subject.backbone.stream.chunk_frames * STRIDE[0]
     sources = [_streamed(subject, test.codec(), plan), *_baselines(options, run, subject, test, config)]
     judge = ensure_judge(test.folder)
-    keeper = Keeper(test, people(test, count), plan, judge, run / "report")
+    rows = _share(people(test, count), options.own["shares"], subject.recipe.seed)
+    keeper = Keeper(test, rows, plan, judge, run / "report")
     aged = _aged(subject, test, run / "report") if options.own["age"] != "0" and not options.smoke else {}
     held = keeper.measure(controls(test, plan, size), beside_data=True)
-    rows = keeper.measure(sources)
-    facts = _facts(keeper, subject, rows, held, aged)
+    facts = _facts(keeper, subject, keeper.measure(sources), held, aged)
     report = run / "report"
     report.mkdir(parents=True, exist_ok=True)
     write_json(report / "drift.json", without_nan(facts))
     write_text(report / "drift.html", page(without_nan(facts)))
-    return (
-        f"{table(without_nan(facts))}\nWrote {report / 'drift.json'} and drift.html; next: open the page in a browser."
-    )
+    return table(without_nan(facts))
 
 
 def find(options: Options, run: Path, stage: str) -> Subject:
@@ -150,6 +173,7 @@ def _facts(
         "weights": subject.source,
         "characters": len(keeper.rows),
         "identities": batch.identity.tolist(),
+        "measured_by": keeper.measured_by,
         "settings": {
             **asdict(plan),
             "split": test.split,
@@ -211,6 +235,15 @@ def _aged(subject: Subject, test: LatentDataset, report: Path) -> dict[str, Any]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"weights": subject.source, **found})
     return {"weights": subject.source, **found}
+
+
+def _share(rows: Tensor, shares: str, seed: int) -> Tensor:
+    """SHARES=3: of the characters only the third that is the seed's, so that three seeds stream them once together."""
+    if not shares:
+        return rows
+    if not shares.isdigit() or not 1 <= int(shares) <= len(rows) // 2:
+        raise UserError(f"SHARES must be a number from 1 to {len(rows) // 2}, two characters in each, not {shares}.")
+    return rows.tensor_split(int(shares))[seed % int(shares)]
 
 
 def _sizes(options: Options) -> tuple[float, int]:

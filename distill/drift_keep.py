@@ -129,9 +129,13 @@ class Keeper:
             "judge": self.judge.about.get("content"),
         }
 
+    @property
+    def measured_by(self) -> str:
+        """A hash of how it is measured: plan, data, code, judge. Rows of one and the same can be compared."""
+        return hashlib.sha256(json.dumps(self._key(), sort_keys=True).encode()).hexdigest()[:12]
+
     def _beside(self) -> Path:
-        digest = hashlib.sha256(json.dumps(self._key(), sort_keys=True).encode()).hexdigest()
-        return self.dataset.folder / "drift" / f"controls-{digest[:12]}"
+        return self.dataset.folder / "drift" / f"controls-{self.measured_by}"
 
     def _shelf(self, name: str, root: Path, source: Source | None = None) -> Path:
         """The folder of a row's groups; one that holds other windows is emptied first."""

@@ -40,7 +40,7 @@ class Origin:
     """What a run is made of, as far as it decides its curves."""
 
     settings: str
-    data: str | None = None
+    data: str | None = None  # what made it, not its content: that differs in rounding from CPU to CPU
     teacher: str | None = None
     parent: str | None = None  # settings of the parent's recipe
 

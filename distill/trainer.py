@@ -33,7 +33,8 @@ from distill.tracking import Silence, StopSignal, Tracker
 class Source(Protocol):
     """Anything that batches are drawn from."""
 
-    fingerprint: str
+    fingerprint: str  # of what the data is
+    made_by: str  # of what it was made by, the same on every machine
 
     def sample(self, batch_size: int, generator: torch.Generator) -> Batch: ...
 
@@ -276,7 +277,7 @@ class Trainer:
     def reference(self) -> Reference:
         """The band that this run's curves can be held against."""
         above = settings(self.parent.recipe) if self.parent and self.parent.stage != "teacher" else None
-        origin = Origin(settings(self.recipe.resolved), self.source.fingerprint, self.notes.get("teacher"), above)
+        origin = Origin(settings(self.recipe.resolved), self.source.made_by, self.notes.get("teacher"), above)
         return find(bands_of(self.recipe), origin)
 
     def averaged_roles(self) -> AbstractContextManager[Roles]:

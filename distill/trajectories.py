@@ -36,7 +36,8 @@ class Trajectories:
 
     def __init__(self, folder: Path, data: LatentDataset, steps: Sequence[float]):
         tensors = load_file(Path(folder) / checkpoint.TENSORS)
-        self.index, self.data, self.fingerprint = tensors["index"], data, data.fingerprint
+        self.index, self.data = tensors["index"], data
+        self.fingerprint, self.made_by = data.fingerprint, data.made_by
         self._states = tensors["states"]
         stored = tensors["times"].tolist()
         if [round(t, 6) for t in stored[:-1]] != [round(t, 6) for t in steps]:

@@ -14,12 +14,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from evaluation.crossed import adjust, by_cluster, crossed, p_value
+from evaluation.crossed import adjust, effect, p_value
 from evaluation.drift import Drift
-from evaluation.metrics import COSTS, METRICS, Metric
+from evaluation.metrics import BY_KEY, COSTS, METRICS, MINUTES, Metric
 
 LEVEL = 0.05
-STREAMED = ("drift_slope_per_min",)  # one value per streamed character, not per clip
+# one value per streamed character, not per clip
+STREAMED = ("drift_slope_per_min", *(metric.key for metric in MINUTES))
+MINUTES_OF = {  # where drift.json calls it otherwise
+    "minutes_speak": "motion_speak",
+    "minutes_listen": "motion_listen",
+    "minutes_silence": "motion_silence",
+    "minutes_sync": "sync",
+    "minutes_copy": "copy",
+}
 Mark = Literal["better", "worse", "maybe better", "maybe worse", "same"]
 
 
@@ -62,17 +70,31 @@ COST = {  # what an arm costs: (label, digits)
 }
 
 
+def over_minutes(long: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """drift.json of every seed -> values [S, N] of MINUTES, N all characters that some seed streamed, NaN elsewhere."""
+    people = sorted({who for told in long for who in told["identities"]})
+    out = {}
+    for metric in MINUTES:
+        table = torch.full((len(long), len(people)), math.nan, dtype=torch.float64)
+        for row, told in zip(table, long, strict=True):
+            values = told["rows"][told["subject"]]["per_character"][MINUTES_OF.get(metric.key, metric.key)]
+            at = [people.index(who) for who in told["identities"]]
+            row[at] = torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
+        out[metric.key] = table
+    return out
+
+
 def tested() -> list[Metric]:
     """The metrics that arms are compared in."""
-    return [metric for metric in METRICS if metric.key not in COSTS]
+    return [*(metric for metric in METRICS if metric.key not in COSTS), *MINUTES]
 
 
 def summary(arm: Arm, metric: Metric, cluster: Tensor) -> dict[str, float]:
     """{"mean", "se"} of an arm over seeds and identities; cluster [N] names the identity of each clip."""
     if metric.key not in arm.values:
         return {"mean": math.nan, "se": math.nan}
-    effect = crossed(by_cluster(arm.values[metric.key], _clusters(metric, arm.values[metric.key], cluster)))
-    return {"mean": effect.mean.item(), "se": effect.se.item()}
+    found = effect(arm.values[metric.key], _clusters(metric, arm.values[metric.key], cluster))
+    return {"mean": found.mean.item(), "se": found.se.item()}
 
 
 def contrast(arms: Sequence[Arm], baseline: str, cluster: Tensor) -> dict[str, dict[str, Contrast]]:
@@ -85,9 +107,8 @@ def contrast(arms: Sequence[Arm], baseline: str, cluster: Tensor) -> dict[str, d
                 found[arm.name, metric.key] = _pair(arm, base, metric, cluster)
     adjusted = adjust([entry.p for entry in found.values()])
     out: dict[str, dict[str, Contrast]] = {arm.name: {} for arm in arms if arm is not base}
-    by_key = {metric.key: metric for metric in METRICS}
     for ((name, key), entry), p in zip(found.items(), adjusted, strict=True):
-        out[name][key] = Contrast(**{**vars(entry), "adjusted": p, "mark": _mark(entry, p, by_key[key])})
+        out[name][key] = Contrast(**{**vars(entry), "adjusted": p, "mark": _mark(entry, p, BY_KEY[key])})
     return out
 
 
@@ -130,9 +151,9 @@ def _pair(arm: Arm, base: Arm, metric: Metric, cluster: Tensor) -> Contrast:
     both = ~(ours.isnan() | theirs.isnan())  # a clip that one of them cannot be measured on says nothing about the pair
     ours, theirs = (torch.where(both, values, math.nan) for values in (ours, theirs))
     cluster = _clusters(metric, ours, cluster)
-    plain = crossed(by_cluster(ours - theirs, cluster))
-    effect = crossed(by_cluster(metric.errors(ours) - metric.errors(theirs), cluster))
-    mean, se, df = (part.item() for part in (effect.mean, effect.se, effect.df))
+    plain = effect(ours - theirs, cluster)
+    found = effect(metric.errors(ours) - metric.errors(theirs), cluster)
+    mean, se, df = (part.item() for part in (found.mean, found.se, found.df))
     return Contrast(plain.mean.item(), plain.se.item(), mean, se, df, p_value(mean, se, df))
 
 

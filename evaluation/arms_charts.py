@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from evaluation.arms import Arm, mean_curve
-from evaluation.plots import Chart, Series
+import torch
+
+from evaluation.arms import Arm, mean_curve, summary
+from evaluation.metrics import BY_KEY
+from evaluation.plots import Chart, Point, Series, scatter
 
 MOST_POINTS = 160  # of a curve: more cannot be seen
 
@@ -65,3 +69,23 @@ def long_lines(arms: Sequence[Arm]) -> list[Chart]:
         if lines:
             out.append(Chart(title, "minutes of stream", "", lines))
     return out
+
+
+FRONTIERS = {"identity_slope_per_min": 0.0, "identity_last_minute": 0.0}  # measure: its ideal
+STATES = ("minutes_speak", "minutes_listen", "minutes_silence")
+
+
+def frontiers(arms: Sequence[Arm]) -> str:
+    """Identity against motion as cards, an arm a point: who holds the face by standing still lies to the left."""
+    measured = [arm for arm in arms if all(key in arm.values for key in (*FRONTIERS, *STATES))]
+    cards = []
+    for key, ideal in FRONTIERS.items() if len(measured) > 1 else ():
+        points = []
+        for arm in measured:
+            moving = torch.stack([arm.values[state] for state in STATES]).mean(0)
+            x = summary(replace(arm, values={STATES[0]: moving}), BY_KEY[STATES[0]], torch.empty(0))
+            y = summary(arm, BY_KEY[key], torch.empty(0))
+            points.append(Point(arm.name, x["mean"], y["mean"], x["se"], y["se"]))
+        drawing = scatter(points, "motion over the data's, mean of the states", BY_KEY[key].label, (1.0, ideal))
+        cards.append(f'<div class="card"><h3>{BY_KEY[key].label} against motion</h3>{drawing}</div>')
+    return "".join(cards)

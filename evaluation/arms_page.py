@@ -27,7 +27,7 @@ from evaluation.arms import (
     summary,
     tested,
 )
-from evaluation.arms_charts import curve_charts, drift_lines, long_lines
+from evaluation.arms_charts import curve_charts, drift_lines, frontiers, long_lines
 from evaluation.metrics import BY_KEY, Metric
 from evaluation.page import data_uri, shell
 from evaluation.plots import COLORS
@@ -186,6 +186,7 @@ def html(comparison: Comparison) -> str:
         ),
         section("Over a long stream", "Means over seeds and characters.", charts(drift), 'div class="charts"'),
         section("Over minutes", "The same utterance again.", charts(long_lines(comparison.arms)), 'div class="charts"'),
+        section("Identity against motion", FRONTIER, frontiers(comparison.arms), 'div class="charts"'),
         SCRIPT,
     ]  # fmt: skip
     return shell(comparison.title, "".join(body))
@@ -197,6 +198,8 @@ HOW = (
     "are expected to be chance). △ ▽: below 5% taken alone. No mark: could be chance, or too small to be noticed. "
     "Seeds and identities both count as draws: with few seeds, only what every seed shows is sure."
 )
+
+FRONTIER = "A frozen face keeps its identity: an arm is better only where it is lower and no further left."
 
 
 def headline(comparison: Comparison, contrasts: Mapping[str, Mapping[str, Contrast]]) -> str:

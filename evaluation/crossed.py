@@ -3,7 +3,8 @@
 Two methods trained with the same seeds and scored on the same clips give differences d[seed, identity]. Seeds and
 identities are crossed random factors, as readers and cases are in diagnostic studies (Dorfman, Berbaum & Metz 1992;
 Hillis 2007, 10.1002/sim.2532): the variance of the mean is that of seeds plus that of identities minus what both
-count, its degrees of freedom follow Satterthwaite. values [S, N] -> table [S, I] -> Effect -> p.
+count, its degrees of freedom follow Satterthwaite. Where every seed was scored on identities of its own (nested, not
+crossed), the means of the seeds are the draws. values [S, N] -> table [S, I] -> Effect -> p.
 """
 
 from __future__ import annotations
@@ -67,6 +68,19 @@ def crossed(table: Tensor) -> Effect:
     parts = ms_people.square() / (people - 1) + ms_rest.square() / ((seeds - 1) * (people - 1))
     df = total.square() / (ms_seeds.square() / (seeds - 1) + torch.where(more, parts, 0.0))
     return Effect(mean, (total / (seeds * people)).sqrt(), df)
+
+
+def effect(values: Tensor, cluster: Tensor) -> Effect:
+    """values [S, N], NaN where a seed has none; cluster [N] names identities -> crossed, or nested where no identity
+    was scored with more than one seed."""
+    known = ~values.isnan()
+    names = cluster.unique()
+    scored = torch.stack([known[:, cluster == name].any(1) for name in names], 1)  # [S, I]
+    if len(values) < 2 or not known.any() or (scored.sum(0) > 1).any():
+        return crossed(by_cluster(values, cluster))
+    means = values.double().nanmean(1)
+    df = torch.tensor(len(means) - 1.0, dtype=torch.float64)
+    return Effect(means.mean(), means.std() / math.sqrt(len(means)), df)
 
 
 def p_value(mean: float, se: float, df: float) -> float:

@@ -65,7 +65,17 @@ METRICS = (
     Metric("evaluations_per_chunk", "evaluations", "lower", 0, 1.0, "network evaluations per chunk of half a second"),
     Metric("seconds_per_video_second", "s per video s", "lower", 2, 0.05, "compute per second of video, this machine"),
 )
-BY_KEY = {metric.key: metric for metric in METRICS}
+MINUTES = (  # of `make drift`, over its whole stream unless said; one value per streamed character
+    Metric("identity_slope_per_min", "identity slope / min", "lower", 4, 0.0005, "in the exact geometry"),
+    Metric("judge_slope_per_min", "judge slope / min", "lower", 4, 0.0005, "of an embedder that no loss has seen"),
+    Metric("identity_last_minute", "identity, last min.", "lower", 3, 0.005, "distance in the exact geometry"),
+    Metric("minutes_speak", "motion, speaking", "one", 2, 0.02, "over the data's, minutes long"),
+    Metric("minutes_listen", "motion, listening", "one", 2, 0.02, "over the data's, minutes long"),
+    Metric("minutes_silence", "motion, silent", "one", 2, 0.02, "over the data's, minutes long"),
+    Metric("minutes_sync", "sync over minutes", "higher", 3, 0.005, "correlation of mouth and speech, minutes long"),
+    Metric("minutes_copy", "copies", "lower", 3, 0.01, "frames that repeat a reference or the first chunk"),
+)
+BY_KEY = {metric.key: metric for metric in (*METRICS, *MINUTES)}
 COSTS = ("evaluations_per_chunk", "seconds_per_video_second")  # what a row costs, not how good it is
 GROUPS = {  # what the aim "better in motion, fidelity and Frechet distance" is measured by
     "motion": ("motion_ratio",),

@@ -51,6 +51,17 @@ class Dot:
 
 
 @dataclass(frozen=True)
+class Point:
+    """One arm of a scatter plot, with standard errors."""
+
+    name: str
+    x: float
+    y: float
+    x_se: float | None = None
+    y_se: float | None = None
+
+
+@dataclass(frozen=True)
 class Node:
     """One checkpoint of the lineage; `parent` is the name of another node or None."""
 
@@ -137,6 +148,44 @@ def dot_plot(dots: Sequence[Dot], ideal: float | None, digits: int, band: tuple[
         value = f"{dot.mean:.{digits}f}".replace("-", "\u2212")
         out.append(f'<text class="tick {kind}" x="{edge - 2}" y="{y + 4}" text-anchor="end">{value}</text>')
     return "".join(out) + "</svg>"
+
+
+def scatter(points: Sequence[Point], x_label: str, y_label: str, ideal: tuple[float, float]) -> str:
+    """Points with a standard error in both directions and their names, and lines through what is ideal."""
+    known = [point for point in points if not any(math.isnan(v) for v in (point.x, point.y))]
+    if not known:
+        return '<p class="quiet">Not measured.</p>'
+    xs = [p.x + side * (p.x_se or 0) for p in known for side in (-1, 1)] + [ideal[0]]
+    ys = [p.y + side * (p.y_se or 0) for p in known for side in (-1, 1)] + [ideal[1]]
+    xt, yt = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
+
+    def px(x: float) -> float:
+        return LEFT + (x - xt[0]) / (xt[-1] - xt[0]) * (WIDTH - LEFT - RIGHT)
+
+    def py(y: float) -> float:
+        return HEIGHT - BOTTOM - (y - yt[0]) / (yt[-1] - yt[0]) * (HEIGHT - TOP - BOTTOM)
+
+    low, right, label = HEIGHT - BOTTOM, WIDTH - RIGHT, escape(f"{y_label} against {x_label}")
+    out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">']
+    for y in yt:
+        out.append(f'<text class="tick" x="{LEFT - 7}" y="{py(y) + 4:.1f}" text-anchor="end">{number(y, yt)}</text>')
+    for x in xt:
+        out.append(f'<text class="tick" x="{px(x):.1f}" y="{low + 17}" text-anchor="middle">{number(x, xt)}</text>')
+    out.append(f'<line class="ideal" x1="{px(ideal[0]):.1f}" x2="{px(ideal[0]):.1f}" y1="{TOP}" y2="{low}"/>')
+    out.append(f'<line class="ideal" x1="{LEFT}" x2="{right}" y1="{py(ideal[1]):.1f}" y2="{py(ideal[1]):.1f}"/>')
+    for i, point in enumerate(known):
+        x, y, color = px(point.x), py(point.y), f"var(--c{i % COLORS})"
+        x1, x2 = px(point.x - (point.x_se or 0)), px(point.x + (point.x_se or 0))
+        y1, y2 = py(point.y - (point.y_se or 0)), py(point.y + (point.y_se or 0))
+        out.append(f'<path stroke="{color}" opacity="0.5" d="M{x1:.1f} {y:.1f}H{x2:.1f}M{x:.1f} {y1:.1f}V{y2:.1f}"/>')
+        name = f"<title>{escape(point.name)}</title>"
+        out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}">{name}</circle>')
+    middle = LEFT + (WIDTH - LEFT - RIGHT) / 2
+    out.append(f'<text class="axis" x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text></svg>')
+    keys = "".join(
+        f'<span><i style="background:var(--c{i % COLORS})"></i>{escape(p.name)}</span>' for i, p in enumerate(known)
+    )
+    return "".join(out) + f'<div class="legend">{keys}</div>'
 
 
 def family_tree(nodes: Sequence[Node]) -> str:

@@ -31,7 +31,7 @@ from teacher.embedder import IdentityEmbedder
 class Noise:
     """A source of clips of the right sizes, and of trajectories for them."""
 
-    fingerprint = "noise"
+    fingerprint = made_by = "noise"
 
     def __init__(self, recipe: Recipe, clip: Clip):
         self.recipe, self.clip = recipe, clip

@@ -6,6 +6,21 @@ COMPARING: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("2 * (inside + head + own + memory)", "(inside + head + own + memory)", "gradients of weights cost nothing"),
         ("2 * a * kv + 2 * s * n", "a * kv + 2 * s * n", "values are not kept"),
     ],
+    ("evaluation/crossed.py", "minutes"): [
+        ("(scored.sum(0) > 1).any()", "(scored.sum(0) > 0).any()", "seeds with own characters count as crossed"),
+        ("means.std() / math.sqrt(len(means))", "means.std()", "the error of a seed, not of their mean"),
+    ],
+    ("evaluation/arms.py", "minutes"): [
+        ("at = [people.index(who) for who in", "at = [who % 8 for who in", "seeds lend each other characters"),
+    ],
+    ("distill/compare.py", "minutes"): [
+        ('if a["code"] != b["code"]:', "if False:", "scores of other code are compared"),
+        ('told["weights"] != member.key["source"]', "False", "minutes of other weights are shown"),
+        ('for part in ("identities", "measured_by")', 'for part in ("identities",)', "other plans are compared"),
+    ],
+    ("distill/data/version.py", "health"): [
+        ('if key != "speech"', "", "what a CPU rounds decides which band fits"),
+    ],
     ("distill/standing.py", "plan"): [
         (
             'found = {} if "teacher" in self.trained else {"teacher": whole}',

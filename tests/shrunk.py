@@ -80,7 +80,7 @@ def band(path: Path, folder: Path) -> Band:
     for seed, run in enumerate(runs):
         with suppress(UserError):  # stopped after STEPS, as asked
             trainer_of(shrunk(path, seed), run).fit(until=STEPS)
-    origin = Origin(settings(shrunk(path).resolved), FakeSource.fingerprint)
+    origin = Origin(settings(shrunk(path).resolved), FakeSource.made_by)
     return measured(
         origin, [run / "metrics.jsonl" for run in runs], STEPS, {"recipe": path.stem, "seeds": list(range(SEEDS))}
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +17,8 @@ from test_trainer import RECIPE, FakeSource, make
 from distill import bands, config, gates, trainer
 from distill.contracts import Roll
 from distill.data.batch import Batch
+from distill.data.prepare import code_version
+from distill.data.version import made_by
 from distill.errors import ExitCode, UserError
 from distill.gates import GateConfig
 from distill.health import LIMITS, HealthConfig, judge
@@ -24,6 +26,7 @@ from distill.monitor import Monitor, muted
 from distill.reference import Band, Origin, Reference, as_json, band_of, find, measured, read, settings
 from distill.state import checkpoint, lineage
 from evaluation.quality import color_drift, color_shift, contrast_ratio
+from teacher.codec import PCACodec
 from teacher.conditions import SILENCE
 
 PLAIN = HealthConfig()
@@ -240,13 +243,20 @@ def test_a_loss_that_is_not_what_it_was_leaves_its_band(tmp_path: Path, monkeypa
     assert "outside band: " in (tmp_path / "log.txt").read_text()
 
 
-def test_the_kept_bands_belong_to_recipes_as_they_are() -> None:
-    known = {
-        settings(config.load(path, (), variant).resolved) for path in BANDED for variant in (None, *config.VARIANTS)
-    }
+def test_the_kept_bands_belong_to_recipes_and_data_as_they_are_on_any_machine() -> None:
+    known, data = set(), set()
+    for path in BANDED:
+        for variant in (None, *config.VARIANTS):
+            recipe = config.load(path, (), variant)
+            known.add(settings(recipe.resolved))
+            codec = PCACodec.load(recipe.data.prepare.codec).fingerprint()
+            inputs = {"config": asdict(recipe.data.prepare), "code": code_version(), "codec": codec}
+            data |= {made_by({"inputs": {**inputs, "speech": heard}}) for heard in ("of one CPU", "of another")}
+    assert len(data) == 1
     for path in sorted(Path("recipes/tiny/bands").glob("*.json")):
         for band in read(path):
             assert band.origin.settings in known, f"{path}: the recipe has changed, measure again with make bands"
+            assert band.origin.data in data, f"{path}: the data has changed, measure again with make bands"
             assert len(band.about["seeds"]) >= 3 and band.curves
 
 

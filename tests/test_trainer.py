@@ -41,7 +41,7 @@ class FakeSource:
     """Random batches from the step's generator. `poison` makes the audio of a batch NaN, `calls` are counted, at call
     `fail_at` the training is interrupted, or told to stop."""
 
-    fingerprint = "none"
+    fingerprint = made_by = "none"
 
     def __init__(self, poison: bool = False, fail_at: int | None = None, gently: bool = False, frames: int = 2):
         self.frames = frames

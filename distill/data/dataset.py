@@ -17,6 +17,7 @@ from torch import Tensor
 from distill.data import puppet, records, speech, timeline
 from distill.data.batch import Batch, keyed_generator
 from distill.data.prepare import by_state, code_version, perform, read_fingerprint, stack
+from distill.data.version import made_by
 from distill.errors import UserError
 from teacher.audio import log_mel
 from teacher.codec import PCACodec
@@ -32,6 +33,7 @@ class LatentDataset:
     def __init__(self, folder: Path, split: str) -> None:
         facts = _facts(folder)
         self.folder, self.split, self.fingerprint = Path(folder), split, facts["fingerprint"]
+        self.made_by = made_by(facts)
         self.size: int = facts["inputs"]["config"]["size"]
         self._shapes = facts["shapes"][split]
         self._arrow = datasets.load_from_disk(str(self.folder / split))
