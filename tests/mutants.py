@@ -45,6 +45,8 @@ def main(words: list[str]) -> int:
         folder = Path(temporary)
         for name in (*PACKAGES, "docs"):  # a test reads the table of objectives
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+        codec = Path("recipes/tiny/teacher/codec")  # small, and a test asks for its hash
+        shutil.copytree(ROOT / codec, folder / codec, dirs_exist_ok=True)
         for name in ("pyproject.toml", "Makefile", "README.md"):
             shutil.copy(ROOT / name, folder)
         if not run(folder, " ".join(dict.fromkeys(" ".join(mutant[1] for mutant in chosen).split()))):

@@ -50,7 +50,12 @@ def arm(name: str, shift: float, shares: bool) -> Arm:
 @pytest.mark.parametrize("shares", [False, True])
 def test_what_minutes_show_is_paired_by_seed_and_character(shares: bool) -> None:
     arms = [arm("base", 0.0, shares), arm("worse", 0.5, shares), arm("same", 0.0, shares)]
-    assert arms[0].values["minutes_silence"].shape == (3, 24)
+    known = ~arms[0].values["minutes_silence"].isnan()
+    assert known.shape == (3, 24)
+    if shares:  # each seed where its own characters stand
+        assert [row.nonzero().flatten().tolist() for row in known] == [list(range(8 * k, 8 * k + 8)) for k in range(3)]
+    else:
+        assert known.all()
     found = contrast(arms, "base", torch.empty(0))
     entry = found["worse"]["identity_slope_per_min"]
     assert entry.mark == "worse" and entry.difference == pytest.approx(0.5, abs=0.02)
