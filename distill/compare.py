@@ -150,7 +150,7 @@ def _same_measurement(members: list[Member]) -> None:
             run = other.folder.relative_to(RUNS)
             raise UserError(
                 f"{first.folder} and {other.folder} were scored by different versions of the code, so they cannot be "
-                f"compared: score both again, `make score RUN={run}`."
+                f"compared: score both again, `make score RUN={run}`; of a grid, the same `make ablate`."
             )
         differ = differing_keys({"bench": a["bench"]}, {"bench": b["bench"]})
         if differ:

@@ -43,6 +43,8 @@ from teacher.codec import PCACodec
 from teacher.dit import DiT
 from teacher.sampler import evaluations
 
+MEASURED_BY = ("teacher", "student", "evaluation")  # packages whose code decides a score; where it changes, it is old
+
 
 @dataclass(frozen=True)
 class Row:
@@ -78,7 +80,7 @@ class Bench:
             "bench": asdict(self.config),
             "data": self.test.fingerprint,
             "draws": REFERENCE_DRAWS,
-            "code": sources("teacher", "student", "evaluation"),
+            "code": sources(*MEASURED_BY),
         }
         if (base / "key.json").is_file() and json.loads((base / "key.json").read_text()) == key:
             return load_values(base / "values.safetensors"), self._kept_drift(base)

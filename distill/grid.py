@@ -21,6 +21,7 @@ from distill.config import SCALES, Recipe, default_recipe, load
 from distill.data.prepare import read_fingerprint
 from distill.data.version import meaning
 from distill.errors import UserError
+from distill.evaluate import MEASURED_BY
 from distill.pipeline import NEEDS_TRAJECTORIES
 from distill.roles import find_teacher
 from distill.runs import run_folder
@@ -282,7 +283,7 @@ def _scoring(grid: Grid, trained: Job, chosen: tuple[str, ...]) -> Job:
     return replace(
         trained,
         stage=SCORE,
-        key=_hash(trained.key, grid.evaluation),
+        key=_hash(trained.key, grid.evaluation, lineage.sources(*MEASURED_BY)),
         family=_hash(grid.evaluation, SCORE),
         overrides=chosen,
         needs=(trained.key,),

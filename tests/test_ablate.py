@@ -17,6 +17,7 @@ from distill import progress as standing
 from distill.errors import ExitCode, UserError
 from distill.grid import Choice, Job, Plan, expand, plan, read_grid
 from distill.progress import Progress, rows, survey
+from distill.state import lineage
 
 ROOT = Path(__file__).resolve().parents[1]
 GRID = """
@@ -94,6 +95,15 @@ def test_a_job_is_known_by_its_content(here: Path) -> None:
     longer = plan(write(GRID + "set: {stage1.train.steps: 70}\n"))
     changed = {job.stage for job in longer.jobs.values() if job.key not in first.jobs}
     assert changed == {"stage1", "stage2", "stage3", "score"}  # all that descends from it; not the trajectories
+
+
+def test_cells_are_scored_again_by_newer_code_but_not_trained_again(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = plan(write(GRID))
+    monkeypatch.setattr(lineage, "sources", lambda *packages: "newer")
+    gone = {job.stage for key, job in first.jobs.items() if key not in plan(write(GRID)).jobs}
+    assert gone == {"score"}
 
 
 def test_keys_reach_the_stage_they_are_meant_for(here: Path) -> None:
