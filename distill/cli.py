@@ -162,7 +162,7 @@ COMMANDS = {
             ("baseline", "rows beside it, 'teacher undistilled stage2' (the teacher for its motion alone)"),
             ("stage", "stage1 to stage4, online_lpm or undistilled (default: the export, or the last stage)"),
             ("model", "an Online LPM folder instead of the run's"),
-            ("age", "0 leaves out the session of 10,000 chunks"),
+            ("age", "0 leaves out the session of 10,000 chunks, 1 has one for every cell of a grid"),
         ),
     ),
     "lineage": Command(

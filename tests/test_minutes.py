@@ -145,9 +145,11 @@ def test_a_grid_is_measured_cell_by_cell(
     Path("runs/grid").mkdir(parents=True)
     cells = [{"cell": "a", "seed": 0, "state": "done"}, {"cell": "b", "seed": 1, "state": "failed"}]
     asked: list[str] = []
-    monkeypatch.setattr(drift, "measure_run", lambda options: asked.append(options.run) or "table")
+    monkeypatch.setattr(
+        drift, "measure_run", lambda options: asked.append(f"{options.run} {options.own['age']}") or "table"
+    )
     (Path("runs/grid") / STATE).write_text(json.dumps({"cells": cells}))
-    assert cli.main(["drift", "--run", "grid"]) == ExitCode.DONE and asked == ["grid/a-seed0"]
+    assert cli.main(["drift", "--run", "grid"]) == ExitCode.DONE and asked == ["grid/a-seed0 0"]
     assert "make compare RUNS=grid" in capsys.readouterr().out
     (Path("runs/grid") / STATE).write_text(json.dumps({"cells": cells[1:]}))
     assert cli.main(["drift", "--run", "grid"]) == ExitCode.DATA
