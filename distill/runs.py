@@ -7,6 +7,7 @@ anything is touched. runs/<grid>/<cell> is a run too.
 """
 
 import json
+import math
 import os
 import resource
 import socket
@@ -81,14 +82,16 @@ def open_stage(
     """Take hold of runs/<run>/<stage> for the length of the block, then write how it ended.
 
     parent: hash of the parent's manifest; a folder trained from another parent is refused. When the stage was done
-    before, `done` is true and the folder stays as it is. Ends as done, stopped (code 75, ctrl-C) or failed.
+    before, `done` is true and the folder stays as it is, unless the recipe asks for more steps alone. Ends as done,
+    stopped (code 75, ctrl-C) or failed.
     """
     folder = run_folder(run) / recipe.stage
     status = read_status(folder)
     _refuse_other_recipe(folder, run, recipe)
     _refuse_other_parent(folder, run, status, parent)
     _refuse_other_code(folder, run, recipe)
-    if status.get("status") == "done":
+    longer = _goes_on(folder, recipe)
+    if status.get("status") == "done" and not longer:
         yield StageRun(folder, done=True, facts=dict(status))
         return
     _refuse_live_process(folder, status)
@@ -164,12 +167,23 @@ def _refuse_other_recipe(folder: Path, run: str, recipe: Recipe) -> None:
     if not path.is_file():
         return
     differ = differing_keys(yaml.safe_load(path.read_text(encoding="utf-8")) or {}, yaml.safe_load(to_yaml(recipe)))
-    if differ:
+    if differ and not _goes_on(folder, recipe):
         shown = ", ".join(differ[:6]) + (f" and {len(differ) - 6} more" if len(differ) > 6 else "")
         raise UserError(
             f"The run '{run}' exists with another recipe for {recipe.stage} ({shown}): use RUN=other for a new run, "
             f"or delete {folder}."
         )
+
+
+def _goes_on(folder: Path, recipe: Recipe) -> bool:
+    """Whether the recipe only asks for more steps than the folder's, at rates that do not depend on how many there are:
+    then what was trained is the beginning of what is asked for, to the bit."""
+    path = folder / RESOLVED
+    if not path.is_file() or any(one.schedule != "constant" for one in recipe.optimizer.values()):
+        return False
+    known, asked = yaml.safe_load(path.read_text(encoding="utf-8")) or {}, yaml.safe_load(to_yaml(recipe))
+    more = recipe.train.steps > (known.get("train") or {}).get("steps", math.inf)
+    return more and differing_keys(known, asked) == ["train.steps"]
 
 
 def _refuse_other_parent(folder: Path, run: str, status: dict[str, Any], parent: str | None) -> None:

@@ -36,6 +36,10 @@ COMPARING: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("if own is not None and name in shipped_names:", "if own == 0:", "a file takes a shipped loss's place"),
         ("found.setdefault(path.stem, path)", "found[path.stem] = path", "the farthest folder wins"),
     ],
+    ("distill/runs.py", "cli"): [
+        ('any(one.schedule != "constant"', 'any(one.schedule == "never"', "a cosine goes on at other rates"),
+        ("return more and", "return", "fewer steps go on as well"),
+    ],
     ("distill/runs.py", "modules"): [
         ('"utf-8")) != meaning(path', '"utf-8")) == meaning(path', "a changed loss goes on in the old run"),
     ],

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from distill import cli, pipeline, runs, tracking
-from distill.config import Recipe, TrainConfig, load
+from distill.config import OptimConfig, Recipe, TrainConfig, load
 from distill.errors import ExitCode, UserError
 from distill.options import Options, run_name
 from distill.state import checkpoint, lineage
@@ -72,10 +73,25 @@ def test_a_run_name_with_another_recipe_is_refused_and_nothing_is_touched() -> N
     with runs.open_stage("a", recipe()):
         pass
     before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
-    with pytest.raises(UserError) as caught, runs.open_stage("a", recipe(steps=20)):
-        pass
-    assert "train.steps" in caught.value.message and "RUN=other" in caught.value.message
+    for other in (
+        recipe(steps=5),
+        replace(recipe(steps=20), optimizer={"student": OptimConfig(1e-3, schedule="cosine")}),
+    ):
+        with pytest.raises(UserError) as caught, runs.open_stage("a", other):
+            pass
+        assert "train.steps" in caught.value.message and "RUN=other" in caught.value.message
     assert before == {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_goes_on_when_it_is_given_more_steps_alone() -> None:
+    for steps, done in ((10, False), (10, True), (20, False), (20, True)):
+        with runs.open_stage("a", recipe(steps)) as stage:
+            assert stage.done == done
+    assert "steps: 20" in Path("runs/a/stage1/config.resolved.yaml").read_text()
+    with pytest.raises(UserError, match="train.batch_size, train.steps"):
+        more = recipe(30)
+        with runs.open_stage("a", replace(more, train=replace(more.train, batch_size=7))):
+            pass
 
 
 def test_a_stage_trained_from_another_parent_is_refused() -> None:

@@ -125,6 +125,17 @@ def test_a_finished_stage_trains_no_further(tmp_path: Path, recipe: Recipe) -> N
     assert same(weights(again, "student"), checkpoint.load(first, "student"))
 
 
+def test_a_finished_stage_that_is_given_more_steps_is_bitwise_the_longer_one(tmp_path: Path, recipe: Recipe) -> None:
+    level = ["optimizer.schedule=constant"]  # a cosine's rates are others: runs.open_stage refuses it
+    recipe, short = (load(tmp_path / "r.yaml", [*level, f"train.steps={steps}"]) for steps in (8, 4))
+    whole = make(recipe, tmp_path / "whole").fit()
+    make(short, tmp_path / "parts").fit()
+    longer = make(recipe, tmp_path / "parts", seed=50).fit()
+    assert longer.name == whole.name == "step_00000008"
+    for name in ("critic", "ema", "optimizer_critic", "optimizer_student", "student"):
+        assert same(checkpoint.load(whole, name), checkpoint.load(longer, name)), name
+
+
 def test_another_seed_trains_another_student(tmp_path: Path, recipe: Recipe) -> None:
     other = load(tmp_path / "r.yaml", ["seed=1"])
     a, b = (make(r, tmp_path / str(r.seed)).fit() for r in (recipe, other))
