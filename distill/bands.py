@@ -117,7 +117,7 @@ def origin_of(manifest: Manifest) -> Origin:
     """What a checkpoint's run was made of, from its manifest; the trainer says the same of itself."""
     data: dict[str, Any] = manifest.data
     parent = lineage.read(data["parent"]["path"]) if data.get("parent") else None
-    above = settings(parent.recipe) if parent and parent.stage != "teacher" else None
+    above = settings(parent.recipe, whole=True) if parent and parent.stage != "teacher" else None
     facts = read_fingerprint(Path(manifest.recipe["data"]["path"]))
     return Origin(settings(manifest.recipe), made_by(facts) if facts else None, data.get("teacher"), above)
 

@@ -42,7 +42,7 @@ class Origin:
     settings: str
     data: str | None = None  # what made it, not its content: that differs in rounding from CPU to CPU
     teacher: str | None = None
-    parent: str | None = None  # settings of the parent's recipe
+    parent: str | None = None  # settings of the parent's recipe, with its steps
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,14 @@ class Reference:
         return f"outside band: {', '.join(outside[:SHOWN])}{more}" if outside else "inside band"
 
 
-def settings(resolved: Mapping[str, Any]) -> str:
-    """Hash of a resolved recipe without what changes no curve."""
+def settings(resolved: Mapping[str, Any], whole: bool = False) -> str:
+    """Hash of a resolved recipe without what changes no curve: at constant rates not even the number of steps. `whole`
+    keeps that all the same: what a parent has become does depend on it."""
     kept = {key: value for key, value in resolved.items() if key not in ASIDE}
     kept["train"] = {key: value for key, value in (kept.get("train") or {}).items() if key not in ASIDE_TRAIN}
+    level = all(one["schedule"] == "constant" for one in (kept.get("optimizer") or {}).values())
+    if level and not whole:
+        del kept["train"]["steps"]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -276,7 +276,7 @@ class Trainer:
 
     def reference(self) -> Reference:
         """The band that this run's curves can be held against."""
-        above = settings(self.parent.recipe) if self.parent and self.parent.stage != "teacher" else None
+        above = settings(self.parent.recipe, whole=True) if self.parent and self.parent.stage != "teacher" else None
         origin = Origin(settings(self.recipe.resolved), self.source.made_by, self.notes.get("teacher"), above)
         return find(bands_of(self.recipe), origin)
 

@@ -292,7 +292,7 @@ def test_predictions_come_from_jobs_of_the_same_kind_once_there_are_some(
     path = write(GRID + "step_seconds: {stage3: 1.0}\n")
     found = plan(path)
     third = [job for job in found.jobs.values() if job.stage == "stage3"]
-    assert standing.predicted(found, third[0]) == 215.0  # 200 steps and a start
+    assert standing.predicted(found, third[0]) == 415.0  # 400 steps and a start
     run(found, monkeypatch)
     (third[0].folder / "timings.json").write_text('{"stage3": 50.0}')
     same = next(job for job in third if job.family == third[0].family and job is not third[0])
