@@ -156,7 +156,7 @@ def _facts(
 ) -> dict[str, Any]:
     """drift.json."""
     plan, judge, test = keeper.plan, keeper.judge, keeper.dataset
-    layout = layout_of(plan)
+    layout = layout_of(plan, subject.recipe.data.prepare.clip_frames)
     batch = test.all().select(keeper.rows)
     anchors = [anchor_of(*keeper.references(number), judge) for number in range(len(keeper.groups))]
     anchor = type(anchors[0])(*(torch.cat([getattr(a, part) for a in anchors]) for part in ("identity", "face")))
@@ -197,13 +197,13 @@ def _facts(
     }
 
 
-def layout_of(plan: Plan) -> Layout:
+def layout_of(plan: Plan, clip: int = 48) -> Layout:
     """Where the plan's windows lie in what is kept of a stream."""
     at, parts = 0, {}
     for name, (start, stop) in plan.parts().items():
         parts[name] = slice(at, at := at + stop - start)
     middles = torch.tensor([(a + b) / 2 / FPS / 60 for a, b in plan.spans()], dtype=torch.float64)
-    return Layout(parts, middles.unflatten(0, (plan.returns, len(parts))), plan.minutes)
+    return Layout(parts, middles.unflatten(0, (plan.returns, len(parts))), plan.minutes, clip)
 
 
 def injected_distance(test: LatentDataset, rows: Tensor, truth: Windows, anchor: Tensor, layout: Layout) -> Tensor:

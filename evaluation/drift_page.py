@@ -99,7 +99,7 @@ def page(facts: Mapping[str, Any]) -> str:
 HOW = (
     "Means with 95% intervals; characters are resampled, with all their windows. Motion is relative to the data's in "
     "the same state. Controls in gray: without them no figure means anything. A frozen picture has a perfect identity; "
-    "it is its motion and its copies that give it away."
+    "it is its motion and its copies that give it away. Motion is taken within pieces of a teacher's clip."
 )
 
 

@@ -30,11 +30,13 @@ COPIES = 0.01  # of the data's own frames that count as copies, by the choice of
 
 @dataclass(frozen=True)
 class Layout:
-    """Where windows lie. parts: name -> frames within A; minutes [R, P] of their middles; horizon in minutes."""
+    """Where windows lie. parts: name -> frames within A; minutes [R, P] of their middles; horizon in minutes; clip:
+    video frames of what a teacher samples at once."""
 
     parts: Mapping[str, slice]
     minutes: Tensor
     horizon: float
+    clip: int = 48
 
     @property
     def returns(self) -> Tensor:
@@ -120,18 +122,26 @@ def residual_curve(windows: Windows, anchor: Anchor, layout: Layout) -> Tensor:
 
 def motion_curves(windows: Windows, data: Windows, layout: Layout) -> dict[str, Tensor]:
     """{state: motion relative to the data's in that state} [N, R], ratios of sums over characters: standard deviation
-    of the tracks that count in it, each in units of the data's mean over all returns."""
+    of the tracks that count in it, each in units of the data's mean over all returns. Taken over pieces of a teacher's
+    clip: its row joins clips, and the jump from one to the next is no motion."""
     out = {}
     for state in STATES:
         ours, theirs = [], []
         for name in RELEVANT[state]:
             at = TRACKS.index(name)
-            a, b = (w.tracks[:, :, layout.parts[state], at].double().std(2, correction=0) for w in (windows, data))
+            a, b = (liveliness(w.tracks[:, :, layout.parts[state], at], layout.clip) for w in (windows, data))
             ours.append(a / b.mean())
             theirs.append(b / b.mean())
         usual = torch.stack(theirs).mean(0).mean(1, keepdim=True)  # [N, 1]
         out[state] = pooled(torch.stack(ours).mean(0), usual)
     return out
+
+
+def liveliness(track: Tensor, piece: int) -> Tensor:
+    """track [N, R, F] -> mean over its whole pieces of the standard deviation within each [N, R]."""
+    piece = min(piece, track.shape[2])
+    whole = track[:, :, : track.shape[2] // piece * piece].double().unflatten(2, (-1, piece))
+    return whole.std(3, correction=0).mean(2)
 
 
 def follow_curves(windows: Windows, truth: Truth, layout: Layout) -> dict[str, Tensor]:

@@ -39,6 +39,7 @@ DRIFT: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("f[:, max(start - a, 0) : stop - a]", "f[:, : stop - a]", "windows begin where their chunk does"),
     ],
     ("evaluation/recurrence.py", "drift"): [
+        ("piece = min(piece, track.shape[2])", "piece = track.shape[2]", "a jump from clip to clip is motion"),
         ("ours.append(a / b.mean())", "ours.append(a / a.mean())", "motion in units of its own"),
     ],
     ("evaluation/windows.py", "drift"): [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from evaluation.drift_report import row_facts, shuffled_row
 from evaluation.geometry import measure
 from evaluation.identity import stills_identity
 from evaluation.judge import Judge, face_distance, prototype_loss
-from evaluation.recurrence import Layout, Measured, copy_distance, motion_curves
+from evaluation.recurrence import Layout, Measured, copy_distance, liveliness, motion_curves
 from evaluation.windows import TRACKS, Windows, border_changes
 from student.stream import stream
 from teacher.audio import log_mel
@@ -187,6 +188,18 @@ def test_motion_is_measured_against_the_data_in_the_same_state():
         assert curve.mean().item() == pytest.approx(0.5, rel=0.05)
     for curve in motion_curves(windows(0.0), data, layout()).values():
         assert curve.abs().max().item() == 0.0
+
+
+def test_a_jump_from_clip_to_clip_is_no_motion():
+    wave = torch.sin(torch.arange(96.0) * torch.pi / 24)  # a whole period in each clip of 48 frames
+    jumping = wave + torch.tensor([0.0, 5.0]).repeat_interleave(48)
+    assert liveliness(jumping[None, None], 48).item() == pytest.approx(
+        liveliness(wave[None, None], 48).item(), rel=1e-6
+    )
+    assert liveliness(jumping[None, None], 96).item() > 3 * liveliness(wave[None, None], 96).item()
+    odd = torch.cat([wave, torch.full((11,), 9.0)])  # what is no whole piece does not count; a short part is one piece
+    assert liveliness(odd[None, None], 48).item() == pytest.approx(math.sqrt(0.5), rel=1e-6)
+    assert liveliness(odd[None, None, :24], 48).item() == pytest.approx(wave[:24].std(correction=0).item(), rel=1e-6)
 
 
 def test_a_copy_is_nearer_than_the_data_ever_comes():
