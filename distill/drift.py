@@ -22,6 +22,7 @@ from distill.data.dataset import LatentDataset
 from distill.data.prepare import by_state
 from distill.data.recurrent import Plan, people
 from distill.data.timeline import FPS, LISTEN, SPEAK
+from distill.data.version import source_hash
 from distill.drift_keep import Keeper
 from distill.drift_rows import INJECTED, Source, controls, on_the_way, sampled, streamed
 from distill.errors import ExitCode, UserError
@@ -34,7 +35,7 @@ from distill.score import STUDENTS, last_stage, students
 from distill.state.lineage import environment
 from distill.streaming import load as load_online
 from distill.tracking import progress
-from evaluation import aging, latency
+from evaluation import aging, latency, motion, recurrence, residual, sync
 from evaluation.bench import BenchConfig, teacher_sampler
 from evaluation.drift_page import page, table
 from evaluation.drift_report import headline, recovery, row_facts, shuffled_row
@@ -46,6 +47,7 @@ from student.causal_dit import CausalDiT
 from student.online import OnlineLPM
 from teacher.codec import STRIDE, PCACodec
 
+CODE = (recurrence, residual, motion, sync)  # what makes figures of windows
 PIECE = 4000  # samples pushed at once in the long session
 SIZES = {"": (10.0, 24), "quick": (2.0, 8), "smoke": (1.0, 2)}  # minutes, characters
 TEACHER, UNTRAINED, ONLINE = "teacher", "undistilled", "online_lpm"
@@ -173,7 +175,7 @@ def _facts(
         "weights": subject.source,
         "characters": len(keeper.rows),
         "identities": batch.identity.tolist(),
-        "measured_by": keeper.measured_by,
+        "measured_by": f"{keeper.measured_by}-{source_hash(CODE)[:8]}",
         "settings": {
             **asdict(plan),
             "split": test.split,
