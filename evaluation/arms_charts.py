@@ -71,6 +71,10 @@ def long_lines(arms: Sequence[Arm]) -> list[Chart]:
     return out
 
 
+FRONTIER = (
+    "A frozen face keeps its identity: an arm is better only where it is lower and no further left. Whiskers are one "
+    "standard error of an arm by itself; differences, which are paired, are surer: see the table."
+)
 FRONTIERS = {"identity_slope_per_min": 0.0, "identity_last_minute": 0.0}  # measure: its ideal
 STATES = ("minutes_speak", "minutes_listen", "minutes_silence")
 

@@ -27,7 +27,7 @@ from evaluation.arms import (
     summary,
     tested,
 )
-from evaluation.arms_charts import curve_charts, drift_lines, frontiers, long_lines
+from evaluation.arms_charts import FRONTIER, curve_charts, drift_lines, frontiers, long_lines
 from evaluation.metrics import BY_KEY, Metric
 from evaluation.page import data_uri, shell
 from evaluation.plots import COLORS
@@ -198,8 +198,6 @@ HOW = (
     "are expected to be chance). △ ▽: below 5% taken alone. No mark: could be chance, or too small to be noticed. "
     "Seeds and identities both count as draws: with few seeds, only what every seed shows is sure."
 )
-
-FRONTIER = "A frozen face keeps its identity: an arm is better only where it is lower and no further left."
 
 
 def headline(comparison: Comparison, contrasts: Mapping[str, Mapping[str, Contrast]]) -> str:
