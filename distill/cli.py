@@ -16,7 +16,7 @@ from pathlib import Path
 
 from distill import launch
 from distill.config import SCALES, read
-from distill.errors import ExitCode, UserError
+from distill.errors import ExitCode, UserError, refusal
 from distill.launch import SPREAD
 from distill.options import Options, run_name
 
@@ -244,6 +244,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         print("The disk is full: free some space and run the same command again.", file=sys.stderr)
+        return ExitCode.USAGE
+    except ValueError as error:
+        if not refusal(error):
+            raise
+        print(refusal(error), file=sys.stderr)
         return ExitCode.USAGE
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "out of memory" not in str(error).lower():

@@ -4,6 +4,8 @@ A UserError is printed as one sentence without a traceback; everything else is a
 """
 
 from enum import IntEnum
+from pathlib import Path
+from traceback import walk_tb
 
 
 class ExitCode(IntEnum):
@@ -26,3 +28,10 @@ class UserError(Exception):
         super().__init__(message)
         self.message = message
         self.code = ExitCode(code)
+
+
+def refusal(error: ValueError) -> str:
+    """What a shipped loss or rollout says of settings that only its samples show to be wrong; "" for other errors."""
+    shipped = Path(__file__).resolve().parents[1] / "recipes"
+    *_, (last, _) = walk_tb(error.__traceback__)
+    return str(error) if Path(last.f_code.co_filename).parent == shipped else ""

@@ -36,6 +36,13 @@ COMPARING: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("if own is not None and name in shipped_names:", "if own == 0:", "a file takes a shipped loss's place"),
         ("found.setdefault(path.stem, path)", "found[path.stem] = path", "the farthest folder wins"),
     ],
+    ("distill/errors.py", "cli"): [
+        (
+            'return str(error) if Path(last.f_code.co_filename).parent == shipped else ""',
+            "return str(error)",
+            "bugs hide",
+        ),
+    ],
     ("distill/runs.py", "cli"): [
         ('any(one.schedule != "constant"', 'any(one.schedule == "never"', "a cosine goes on at other rates"),
         ("return more and", "return", "fewer steps go on as well"),

@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from distill.errors import ExitCode, UserError
 from distill.options import Options, run_name
 from distill.state import checkpoint, lineage
 from distill.tracking import StopSignal, Tracker
+from recipes import data_forcing
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -251,6 +252,26 @@ def test_failures_become_exit_codes_and_one_sentence(
     assert cli.main(["data"]) == code
     said = capsys.readouterr().err
     assert "Traceback" not in said and len(said.splitlines()) == 1
+
+
+def test_what_a_shipped_loss_refuses_is_a_sentence_and_a_loss_of_ones_own_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuses(*_: object) -> None:
+        data_forcing.term(SimpleNamespace(real=None), None, data_forcing.Config())  # type: ignore[arg-type]
+
+    def fails(*_: object) -> None:
+        (one, two) = [1]  # noqa: F841 - a ValueError too
+
+    pipeline_with(monkeypatch, export=refuses)
+    assert cli.main(["export"]) == ExitCode.USAGE
+    assert (
+        capsys.readouterr().err
+        == "data_forcing needs the data's clip under the samples' condition: rollout.kind self.\n"
+    )
+    pipeline_with(monkeypatch, export=fails)
+    with pytest.raises(ValueError, match="unpack"):
+        cli.main(["export"])
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
