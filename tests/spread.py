@@ -85,7 +85,7 @@ class Source:
     """Random clips; `poison` makes the audio of one clip in the second half NaN at one call, `kill` and `stop` send
     the second process a signal at one."""
 
-    fingerprint = "none"
+    fingerprint = made_by = "none"
 
     def __init__(self, poison: int = 0, kill: int = 0, stop: int = 0):
         self.poison, self.calls = poison, 0

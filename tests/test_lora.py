@@ -161,7 +161,7 @@ REFINE = (
 
 
 class Source:
-    fingerprint = "none"
+    fingerprint = made_by = "none"
 
     def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
         seed = int(torch.randint(2**30, (), generator=generator))
@@ -203,6 +203,12 @@ def averaged_student(trainer: Trainer) -> DiT:
         return averaged.causal("student").dit
 
 
+def same(a: DiT, b: DiT) -> bool:
+    """Weights, not outputs: where tensors lie in memory decides how some CPUs round."""
+    mine, theirs = a.state_dict(), b.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
 def speed(model: DiT) -> Tensor:
     with torch.no_grad():
         return model(latents(2, dtype=torch.float32), T, conditions(2, dtype=torch.float32))
@@ -239,7 +245,7 @@ def test_a_line_of_stages_on_one_base_ends_in_plain_weights(tmp_path: Path, make
     shared = refining.roles.dit("teacher")
     assert isinstance(backbone, AdaptedDiT) and isinstance(refiner, AdaptedDiT)
     assert backbone.base is shared and refiner.base is shared
-    assert torch.equal(speed(backbone), speed(averaged))
+    assert same(backbone, averaged)
     assert adapters.base_of((stage4, "ema"))[0].hash == teacher.hash
     checkpoint.shutil.rmtree(stage2.path)
     with pytest.raises(UserError, match="which is gone"):
@@ -256,13 +262,13 @@ def test_a_student_that_was_trained_whole_becomes_the_base_of_its_adapters(tmp_p
     assert isinstance(student, AdaptedDiT) and student.base is not trainer.roles.dit("teacher")
     assert isinstance(critic, AdaptedDiT) and critic.base is not student.base
     base = roles.network(trainer.recipe.model, stage2, "ema")
-    assert torch.equal(speed(student.base), speed(base)) and not any(p.requires_grad for p in student.base.parameters())
+    assert same(student.base, base) and not any(p.requires_grad for p in student.base.parameters())
     plain = roles.network(trainer.recipe.model, stage3, "ema")
     torch.testing.assert_close(speed(plain), speed(averaged_student(trainer)), atol=1e-5, rtol=1e-4)
     # another rank cannot go on: what was learned is merged into the base first
     trainer, _ = make(("stage=stage4", "parent=stage3", *REFINE[2:4], "lora={refiner: {rank: 1}}"), teacher, stage3)
     refiner = trainer.roles.causal("refiner").dit
-    assert isinstance(refiner, AdaptedDiT) and torch.equal(speed(refiner.base), speed(plain))
+    assert isinstance(refiner, AdaptedDiT) and same(refiner.base, plain)
 
 
 def test_adapters_without_anyone_to_train_them_are_refused(tmp_path: Path) -> None:
