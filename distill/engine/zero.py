@@ -47,7 +47,8 @@ class ZeRO(FSDP2):
             return None
         if not trained:
             return torch.device("meta")
-        return self.deepspeed.zero.Init(config_dict_or_path=self.settings(1.0), dtype=self.dtype)
+        # The settings say the dtype: one given beside them is passed over on a CPU without fp16 (DeepSpeed 0.19).
+        return self.deepspeed.zero.Init(config_dict_or_path=self.settings(1.0))
 
     @property
     def dtype(self) -> torch.dtype:
