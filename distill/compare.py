@@ -23,7 +23,7 @@ from distill.errors import ExitCode, UserError
 from distill.evaluate import LatentDataset
 from distill.listing import flatten
 from distill.options import Options
-from distill.progress import CARD, STATE
+from distill.progress import CARD, STATE, done_cells
 from distill.runs import RESOLVED, RUNS, read_status, run_folder
 from distill.schema import differing_keys
 from evaluation.arms import Arm, over_minutes
@@ -105,12 +105,8 @@ def find(name: str, several: bool = False) -> list[Member]:
     name, _, row = name.partition(":")
     folder = run_folder(name)
     if (folder / STATE).is_file():
-        cells = json.loads((folder / STATE).read_text())["cells"]
-        done = [(cell["cell"], cell["seed"]) for cell in cells if cell["state"] == "done"]
-        if not done:
-            raise UserError(f"The grid {folder} has no finished cell: run `make ablate` with it first.", ExitCode.DATA)
         prefix = f"{name}/" if several else ""
-        return [_member(f"{prefix}{cell}", folder / f"{cell}-seed{seed}", row) for cell, seed in done]
+        return [_member(f"{prefix}{cell}", folder / f"{cell}-seed{seed}", row) for cell, seed in done_cells(folder)]
     if folder.is_dir():
         return [_member(re.sub(r"-seed\d+$", "", name), folder, row)]
     seeded = [path for path in folder.parent.glob(f"{folder.name}-seed*") if re.search(r"-seed\d+$", path.name)]
@@ -244,7 +240,7 @@ def _same_minutes(arms: list[Arm]) -> None:
     told = [(arm.name, seed, one) for arm in arms for seed, one in zip(arm.seeds, arm.long, strict=False)]
     for name, seed, one in told:
         other = next(first for _, same, first in told if same == seed)
-        if any(one[part] != other[part] for part in ("identities", "measured_by")):
+        if any(one.get(part) != other.get(part) for part in ("identities", "measured_by")):
             raise UserError(
                 f"drift.json of '{name}', seed {seed}, was measured otherwise or with other characters than that "
                 f"of '{told[0][0]}': run `make drift` for both with the same MINUTES, CHARACTERS and code."

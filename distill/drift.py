@@ -25,10 +25,10 @@ from distill.data.timeline import FPS, LISTEN, SPEAK
 from distill.data.version import source_hash
 from distill.drift_keep import Keeper
 from distill.drift_rows import INJECTED, Source, controls, on_the_way, sampled, streamed
-from distill.errors import ExitCode, UserError
+from distill.errors import UserError
 from distill.judge import ensure_judge
 from distill.options import Options
-from distill.progress import STATE
+from distill.progress import STATE, done_cells
 from distill.roles import find_teacher, network
 from distill.runs import RESOLVED, run_folder, write_json, write_text
 from distill.score import STUDENTS, last_stage, students
@@ -72,20 +72,11 @@ def drift(options: Options) -> str:
     if not (run / STATE).is_file():
         text = measure_run(options)
         return f"{text}\nWrote {run}/report/drift.json and drift.html; next: open the page in a browser."
-    cells = done_cells(run)
+    cells = [f"{cell}-seed{seed}" for cell, seed in done_cells(run)]
     own = {**options.own, "age": options.own["age"] or "0"}  # the weights of a cell do not make a chunk slower
     for name in cells:
         print(f"{name}\n{measure_run(replace(options, run=f'{options.run}/{name}', own=own))}", flush=True)
     return f"Wrote report/drift.json of {len(cells)} cells in {run}; next: make compare RUNS={options.run}."
-
-
-def done_cells(run: Path) -> list[str]:
-    """Folders of a grid's finished cells; UserError when there are none."""
-    cells = json.loads((run / STATE).read_text(encoding="utf-8"))["cells"]
-    done = [f"{cell['cell']}-seed{cell['seed']}" for cell in cells if cell["state"] == "done"]
-    if not done:
-        raise UserError(f"The grid {run} has no finished cell: run `make ablate` with it first.", ExitCode.DATA)
-    return done
 
 
 def measure_run(options: Options) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from distill.config import load, to_yaml
+from distill.errors import ExitCode, UserError
 from distill.grid import SCORE, Job, Plan
 from distill.runs import RESOLVED, read_status, run_folder, write_json
 from distill.schema import differing_keys
@@ -114,6 +115,15 @@ def write_state(plan: Plan, progress: Progress) -> None:
     path = run_folder(plan.run) / STATE
     if _read(path) != state:
         write_json(path, state)
+
+
+def done_cells(folder: Path) -> list[tuple[str, int]]:
+    """(cell, seed) of what a grid has finished; UserError when there is nothing."""
+    cells = json.loads((folder / STATE).read_text(encoding="utf-8"))["cells"]
+    done = [(cell["cell"], cell["seed"]) for cell in cells if cell["state"] == "done"]
+    if not done:
+        raise UserError(f"The grid {folder} has no finished cell: run `make ablate` with it first.", ExitCode.DATA)
+    return done
 
 
 def _taken(job: Job) -> float:

@@ -7,7 +7,6 @@ anything is touched. runs/<grid>/<cell> is a run too.
 """
 
 import json
-import math
 import os
 import resource
 import socket
@@ -87,10 +86,9 @@ def open_stage(
     """
     folder = run_folder(run) / recipe.stage
     status = read_status(folder)
-    _refuse_other_recipe(folder, run, recipe)
+    longer = _asks_for_more(folder, run, recipe)
     _refuse_other_parent(folder, run, status, parent)
     _refuse_other_code(folder, run, recipe)
-    longer = _goes_on(folder, recipe)
     if status.get("status") == "done" and not longer:
         yield StageRun(folder, done=True, facts=dict(status))
         return
@@ -162,28 +160,24 @@ def write_text(path: Path, text: str) -> None:
 # ---- refusals and set-up ----------------------------------------------------------------------------------
 
 
-def _refuse_other_recipe(folder: Path, run: str, recipe: Recipe) -> None:
+def _asks_for_more(folder: Path, run: str, recipe: Recipe) -> bool:
+    """Whether the recipe only asks for more steps than the folder's, at rates that do not depend on how many there are:
+    then what was trained is the beginning of what is asked for, to the bit. Any other difference is refused."""
     path = folder / RESOLVED
     if not path.is_file():
-        return
-    differ = differing_keys(yaml.safe_load(path.read_text(encoding="utf-8")) or {}, yaml.safe_load(to_yaml(recipe)))
-    if differ and not _goes_on(folder, recipe):
+        return False
+    known, asked = yaml.safe_load(path.read_text(encoding="utf-8")) or {}, yaml.safe_load(to_yaml(recipe))
+    differ = differing_keys(known, asked)
+    level = all(one.schedule == "constant" for one in recipe.optimizer.values())
+    if differ == ["train.steps"] and level and asked["train"]["steps"] > known["train"]["steps"]:
+        return True
+    if differ:
         shown = ", ".join(differ[:6]) + (f" and {len(differ) - 6} more" if len(differ) > 6 else "")
         raise UserError(
             f"The run '{run}' exists with another recipe for {recipe.stage} ({shown}): use RUN=other for a new run, "
             f"or delete {folder}."
         )
-
-
-def _goes_on(folder: Path, recipe: Recipe) -> bool:
-    """Whether the recipe only asks for more steps than the folder's, at rates that do not depend on how many there are:
-    then what was trained is the beginning of what is asked for, to the bit."""
-    path = folder / RESOLVED
-    if not path.is_file() or any(one.schedule != "constant" for one in recipe.optimizer.values()):
-        return False
-    known, asked = yaml.safe_load(path.read_text(encoding="utf-8")) or {}, yaml.safe_load(to_yaml(recipe))
-    more = recipe.train.steps > (known.get("train") or {}).get("steps", math.inf)
-    return more and differing_keys(known, asked) == ["train.steps"]
+    return False
 
 
 def _refuse_other_parent(folder: Path, run: str, status: dict[str, Any], parent: str | None) -> None:

@@ -75,7 +75,7 @@ FRONTIER = (
     "A frozen face keeps its identity: an arm is better only where it is lower and no further left. Whiskers are one "
     "standard error of an arm by itself; differences, which are paired, are surer: see the table."
 )
-FRONTIERS = {"identity_slope_per_min": 0.0, "identity_last_minute": 0.0}  # measure: its ideal
+FRONTIERS = ("identity_slope_per_min", "identity_last_minute")
 STATES = ("minutes_speak", "minutes_listen", "minutes_silence")
 
 
@@ -83,13 +83,13 @@ def frontiers(arms: Sequence[Arm]) -> str:
     """Identity against motion as cards, an arm a point: who holds the face by standing still lies to the left."""
     measured = [arm for arm in arms if all(key in arm.values for key in (*FRONTIERS, *STATES))]
     cards = []
-    for key, ideal in FRONTIERS.items() if len(measured) > 1 else ():
+    for key in FRONTIERS if len(measured) > 1 else ():
         points = []
         for arm in measured:
             moving = torch.stack([arm.values[state] for state in STATES]).mean(0)
             x = summary(replace(arm, values={STATES[0]: moving}), BY_KEY[STATES[0]], torch.empty(0))
             y = summary(arm, BY_KEY[key], torch.empty(0))
             points.append(Point(arm.name, x["mean"], y["mean"], x["se"], y["se"]))
-        drawing = scatter(points, "motion over the data's, mean of the states", BY_KEY[key].label, (1.0, ideal))
+        drawing = scatter(points, "motion over the data's, mean of the states", BY_KEY[key].label, (1.0, 0.0))
         cards.append(f'<div class="card"><h3>{BY_KEY[key].label} against motion</h3>{drawing}</div>')
     return "".join(cards)

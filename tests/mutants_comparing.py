@@ -44,8 +44,8 @@ COMPARING: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ),
     ],
     ("distill/runs.py", "cli"): [
-        ('any(one.schedule != "constant"', 'any(one.schedule == "never"', "a cosine goes on at other rates"),
-        ("return more and", "return", "fewer steps go on as well"),
+        ('all(one.schedule == "constant"', 'all(one.schedule != "never"', "a cosine goes on at other rates"),
+        (' and asked["train"]["steps"] > known["train"]["steps"]', "", "fewer steps go on as well"),
     ],
     ("distill/runs.py", "modules"): [
         ('"utf-8")) != meaning(path', '"utf-8")) == meaning(path', "a changed loss goes on in the old run"),
