@@ -60,7 +60,7 @@ class Grid:
     cells: tuple[Cell, ...] = ()
     seeds: tuple[int, ...] = (0,)
     parents: str = choice("per_seed", "once", default="per_seed")  # train the stages before the last for every seed?
-    parent: str = ""  # a checkpoint that the first stage starts from
+    parent: str = ""  # a checkpoint to start from; stages up to its own are not trained
     baseline: str = ""  # a cell; the first one unless named
     evaluation: Any = field(default_factory=dict)  # overrides of evaluation.*
     step_seconds: Any = field(default_factory=dict)  # {stage: expected seconds per step on two quiet cores}
@@ -153,11 +153,27 @@ def read_grid(path: Path, choice: Choice = Choice()) -> Grid:
     assert isinstance(grid, Grid)
     more = dict(_split(text) for text in choice.overrides)
     seeds, parent = choice.seeds or grid.seeds, choice.parent or grid.parent
-    return replace(grid, set={**grid.set, **more}, seeds=seeds, parent=parent)
+    grid = replace(grid, set={**grid.set, **more}, seeds=seeds, parent=parent)
+    return _after(lineage.read(parent).stage, grid) if parent else grid
+
+
+def _after(parent: str, grid: Grid) -> Grid:
+    """The grid without the stages up to its cells' parent, a checkpoint of stage `parent`."""
+    if parent not in TRAINED:
+        return grid
+    gone = TRAINED[: TRAINED.index(parent) + 1]
+    settings = {key for cell in grid.cells for key in cell.set} | set(grid.set) | set(grid.grid)
+    for key in sorted(key for key in settings if key.partition(".")[0] in gone):
+        raise UserError(f"The grid sets {key}, but PARENT= is a checkpoint of {parent}: it is not trained again.")
+    cells = tuple(replace(cell, stages=tuple(s for s in cell.stages if s not in gone)) for cell in grid.cells)
+    stages = tuple(stage for stage in grid.stages if stage not in gone)
+    if not stages or any(old.stages and not new.stages for old, new in zip(grid.cells, cells, strict=True)):
+        raise UserError(f"PARENT= is a checkpoint of {parent}, and cells of the grid end there: give an earlier one.")
+    return replace(grid, stages=stages, cells=cells)
 
 
 def of_recipe(path: Path, source: Source, choice: Choice) -> Source:
-    """The grid of a recipe and its base: the stages before it as the scale has them, or none when a parent is given."""
+    """The grid of a recipe and its base, with the stages before it as the scale has them."""
     extends = read_yaml(path).data.get("extends")
     base = None if extends is None else path.parent / str(extends)
     stage, scale = str(source.data["stage"]), str(source.data.get("scale", "tiny"))
@@ -166,7 +182,7 @@ def of_recipe(path: Path, source: Source, choice: Choice) -> Source:
             f"{path} is a recipe that extends no other {stage}: name a grid, or extend what to compare with."
         )
     stages, above = [stage], source.data.get("parent")
-    while above in TRAINED and not choice.parent:
+    while above in TRAINED:
         stages.insert(0, str(above))
         above = config.read(default_recipe(str(above), scale)).data.get("parent")
     common = Path("recipes/ablations/base.yaml")

@@ -136,6 +136,23 @@ def test_a_recipe_is_a_grid_of_itself_and_its_base(here: Path) -> None:
         plan(Path("recipes/tiny/stage1_ode.yaml"))
 
 
+def test_a_given_checkpoint_stands_for_the_stages_up_to_its_own(here: Path) -> None:
+    write('{"stage": "stage2"}', "manifest.json")
+    found = plan(write(GRID), Choice(parent="."))
+    assert Counter(job.stage for job in found.jobs.values()) == {"stage3": 4, "score": 4}
+    assert {job.parent for job in found.jobs.values() if job.stage == "stage3"} == {"."}
+    mine = write("extends: recipes/tiny/stage3_self_forcing.yaml\nname: mine\n", "mine.yaml")
+    assert {job.stage for job in plan(mine, Choice(parent=".")).jobs.values()} == {"stage3", "score"}
+    with pytest.raises(UserError, match="sets stage1.train.steps, but PARENT= is a checkpoint of stage2"):
+        plan(write(GRID + "set: {stage1.train.steps: 7}\n"), Choice(parent="."))
+    with pytest.raises(UserError, match="cells of the grid end there"):
+        plan(write("name: g\nstages: [stage1, stage3]\ncells: [{name: a}, {name: b, stages: [stage2]}]\n", "h.yaml"),
+             Choice(parent="."))  # fmt: skip
+    write('{"stage": "stage1"}', "manifest.json")
+    assert "stage1" not in {job.stage for job in plan(mine, Choice(parent=".")).jobs.values()}
+    assert "stage2" in {job.stage for job in plan(mine, Choice(parent=".")).jobs.values()}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
