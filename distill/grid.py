@@ -173,7 +173,7 @@ def _after(parent: str, grid: Grid) -> Grid:
 
 
 def of_recipe(path: Path, source: Source, choice: Choice) -> Source:
-    """The grid of a recipe and its base, with the stages before it as the scale has them."""
+    """The grid of a recipe and its base, with the stages before it, or after a given parent, as the scale has them."""
     extends = read_yaml(path).data.get("extends")
     base = None if extends is None else path.parent / str(extends)
     stage, scale = str(source.data["stage"]), str(source.data.get("scale", "tiny"))
@@ -182,7 +182,8 @@ def of_recipe(path: Path, source: Source, choice: Choice) -> Source:
             f"{path} is a recipe that extends no other {stage}: name a grid, or extend what to compare with."
         )
     stages, above = [stage], source.data.get("parent")
-    while above in TRAINED:
+    given = lineage.read(choice.parent).stage if choice.parent else ""
+    while above in TRAINED and above != given:
         stages.insert(0, str(above))
         above = config.read(default_recipe(str(above), scale)).data.get("parent")
     common = Path("recipes/ablations/base.yaml")
