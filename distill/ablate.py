@@ -1,7 +1,8 @@
 """`make ablate GRID=recipes/ablations/<name>.yaml [JOBS=n] [DRY=1]`: train and score every cell with every seed.
 
-What is done is not done again: shared stages, other grids' shared stages, cells of an earlier call. Ctrl-C lets the
-running jobs save, the same command goes on; a failed cell is marked with its reason and tried again the next time.
+What is done is not done again: shared stages, cells of an earlier call, what other grids have in common with this one.
+Ctrl-C lets the running jobs save, the same command goes on; a failed cell is marked with its reason and tried again the
+next time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from distill.config import load
 from distill.errors import ExitCode, UserError
 from distill.grid import SCORE, SHARED, Choice, Plan, plan
-from distill.jobs import run_all
+from distill.jobs import link, run_all
 from distill.listing import columns
 from distill.options import Options
 from distill.pipeline import need_data
@@ -38,6 +39,7 @@ def ablate(options: Options) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "grid.yaml", path.read_text(encoding="utf-8"))
     print(describe(found, count), flush=True)
+    link(found)
     progress = survey(found)
     with StopSignal() as stop:
         run_all(found, progress, count, stop)

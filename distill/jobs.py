@@ -39,6 +39,18 @@ class Running:
     began: float
 
 
+def link(plan: Plan) -> None:
+    """Lay links to what other grids have made to the same keys; take away those that no longer hold."""
+    for job in standing.ends(plan):
+        if standing.stale(job):
+            standing.place(job).unlink()
+    for key, source in standing.elsewhere(plan).items():
+        job, place = plan.jobs[key], standing.place(plan.jobs[key])
+        _lay_out(plan, job)
+        place.symlink_to(os.path.relpath(source, place.parent), target_is_directory=True)
+        print(f"{place}: the same as {source}, linked")
+
+
 def run_all(plan: Plan, progress: Progress, count: int, stop: StopSignal) -> None:
     """Run what waits, `count` processes at once, until all is done, failed, or `stop` is requested."""
     running: list[Running] = []

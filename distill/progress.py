@@ -1,7 +1,8 @@
 """How far a grid is: what lies on the disk already, what it will still take, and GRID.json, which tells it to others.
 
 A job is done when its folder says so and holds what the grid asks for; a folder made from something else is never
-overwritten, it marks the job as failed with the reason.
+overwritten, it marks the job as failed with the reason. What another grid has made to the same key is not made again:
+the cell's stage, and its report where it was scored in the same way, become links to that one's.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import yaml
 from distill.config import load, to_yaml
 from distill.errors import ExitCode, UserError
 from distill.grid import SCORE, Job, Plan
-from distill.runs import RESOLVED, read_status, run_folder, write_json
+from distill.runs import RESOLVED, RUNS, read_status, run_folder, write_json
 from distill.schema import differing_keys
 from distill.state import checkpoint
 
@@ -43,6 +44,7 @@ class Progress:
 def survey(plan: Plan) -> Progress:
     """What is on the disk."""
     progress = Progress({job.key: "done" if is_done(job) else "waiting" for job in plan.jobs.values()})
+    progress.state |= dict.fromkeys(elsewhere(plan), "done")
     for job in plan.jobs.values():
         why = holds_other(job)
         if why:
@@ -58,6 +60,35 @@ def is_done(job: Job) -> bool:
         return (job.folder / job.stage / checkpoint.MANIFEST).is_file()
     card = _read(job.folder / CARD)
     return card.get("key") == job.key and read_status(job.folder / job.stage).get("status") == "done"
+
+
+def elsewhere(plan: Plan) -> dict[str, Path]:
+    """Key -> stage or report of the same key in another run folder, of the cells' jobs that have none of their own."""
+    missing = [job for job in ends(plan) if not place(job).exists()]
+    made: dict[Any, Path] = {}
+    for path in RUNS.glob(f"*/*/{CARD}") if missing else ():
+        card, report = _read(path), path.parent / "report"
+        stage = path.parent / str(card.get("stage"))
+        if read_status(stage).get("status") == "done" and not stage.is_symlink():
+            made[card.get("key")] = stage
+        if not report.is_symlink():
+            made[_read(report / CARD).get("key")] = report
+    return {job.key: made[job.key] for job in missing if job.key in made}
+
+
+def ends(plan: Plan) -> list[Job]:
+    """The last stage and the score of every cell: what lies in the grid's own folders."""
+    return [plan.jobs[part] for key in plan.cells.values() for part in (*plan.jobs[key].needs, key)]
+
+
+def place(job: Job) -> Path:
+    """The folder that a job fills."""
+    return job.folder / ("report" if job.stage == SCORE else job.stage)
+
+
+def stale(job: Job) -> bool:
+    """Is the job's place a link to what has become something else?"""
+    return place(job).is_symlink() and not is_done(job)
 
 
 def holds_other(job: Job) -> str:

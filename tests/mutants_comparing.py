@@ -61,8 +61,11 @@ COMPARING: dict[tuple[str, str], list[tuple[str, str, str]]] = {
             "if other.key == job.key:",
             "what needs a failed job waits for ever",
         ),
+        ("if not report.is_symlink():", "if report.is_symlink():", "reports of other grids are made again"),
+        ('status") == "done" and not stage.is_symlink()', 'status")', "a half-trained stage counts as made"),
     ],
     ("distill/jobs.py", "ablate"): [
+        ("standing.place(job).unlink()", "pass", "a link that no longer holds is written through"),
         ("one.process.send_signal(signal.SIGTERM)", "one.process.poll()", "ctrl-C does not reach the jobs"),
         ("_ready(plan, progress)[: count - len(running)]", "_ready(plan, progress)", "all jobs at once"),
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 import time
 from collections import Counter
@@ -234,6 +236,40 @@ def test_a_changed_grid_adds_only_what_is_new(here: Path, monkeypatch: pytest.Mo
     assert set(calls().values()) == {1} and len(progress.seconds) == 2 * 5 + 2  # 5 new cells; stages 1 and 2, seed 2
 
 
+def test_what_another_grid_has_made_is_linked_not_made_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(plan(write(GRID)), monkeypatch)
+    text = GRID.replace("name: g", "name: h").replace("[4, 2]", "[2, 8]")
+    other = plan(write(text, "h.yaml"))
+    assert survey(other).state[other.cells["every-2", 0]] == "done" and not Path("runs/h").exists()  # as DRY=1 says it
+    status = Path("runs/g/every-2-seed0/stage3/STATUS.json")
+    status.write_text('{"status": "stopped"}')
+    trained = other.jobs[other.cells["every-2", 0]].needs[0]
+    assert survey(other).state[trained] == "waiting"  # half made there is not made
+    status.write_text('{"status": "done"}')
+    jobs.link(other)
+    cell, new = Path("runs/h/every-2-seed1"), Path("runs/h/every-8-seed1")
+    assert os.readlink(cell / "stage3") == "../../g/every-2-seed1/stage3" and (cell / "report").is_symlink()
+    assert (cell / "stage1").resolve() == Path("runs/g/every-2-seed1/stage1").resolve() and not new.exists()
+    progress = run(other, monkeypatch)
+    assert set(progress.state.values()) == {"done"} and len(progress.seconds) == 4 and set(calls().values()) == {1}
+    assert set(survey(other).state.values()) == {"done"}
+    # Scored in another way: the training is linked, the report is the grid's own and the first grid keeps its own.
+    scored = plan(write(text + "evaluation: {clips: 4}\n", "h.yaml"))
+    jobs.link(scored)
+    assert (cell / "stage3").is_symlink() and not (cell / "report").exists()
+    run(scored, monkeypatch)
+    assert not (cell / "report").is_symlink() and set(survey(scored).state.values()) == {"done"}
+    assert set(survey(plan(write(GRID))).state.values()) == {"done"}
+    # The first grid is thrown away: so are the links that led there, and the cells are made.
+    third = plan(write(GRID.replace("name: g", "name: i").replace("[4, 2]", "[4]"), "i.yaml"))
+    jobs.link(third)
+    assert Path("runs/i/every-4-seed0/stage3").is_symlink()
+    shutil.rmtree("runs/g")
+    jobs.link(third)
+    assert not Path("runs/i/every-4-seed0/stage3").is_symlink()
+    assert set(run(third, monkeypatch).state.values()) == {"done"} and Path("runs/i/every-4-seed0/stage3").is_dir()
+
+
 def test_what_fails_is_marked_with_its_reason_and_the_rest_goes_on(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = plan(write(GRID))
     progress = run(found, monkeypatch, {"every-2-seed0 stage3": "fail"})
@@ -309,7 +345,7 @@ def test_predictions_come_from_jobs_of_the_same_kind_once_there_are_some(
     path = write(GRID + "step_seconds: {stage3: 1.0}\n")
     found = plan(path)
     third = [job for job in found.jobs.values() if job.stage == "stage3"]
-    assert standing.predicted(found, third[0]) == 415.0  # 400 steps and a start
+    assert standing.predicted(found, third[0]) == 215.0  # 200 steps and a start
     run(found, monkeypatch)
     (third[0].folder / "timings.json").write_text('{"stage3": 50.0}')
     same = next(job for job in third if job.family == third[0].family and job is not third[0])
