@@ -75,7 +75,7 @@ FRONTIER = (
     "A frozen face keeps its identity: an arm is better only where it is lower and no further left. Whiskers are one "
     "standard error of an arm by itself; differences, which are paired, are surer: see the table."
 )
-FRONTIERS = ("identity_slope_per_min", "identity_last_minute")
+FRONTIERS = ("identity_slope_per_min", "identity_last_minute", "judge_last_minute")
 STATES = ("minutes_speak", "minutes_listen", "minutes_silence")
 
 

@@ -69,10 +69,11 @@ MINUTES = (  # of `make drift`, over its whole stream unless said; one value per
     Metric("identity_slope_per_min", "identity slope / min", "lower", 4, 0.0005, "in the exact geometry"),
     Metric("judge_slope_per_min", "judge slope / min", "lower", 4, 0.0005, "of an embedder that no loss has seen"),
     Metric("identity_last_minute", "identity, last min.", "lower", 3, 0.005, "distance in the exact geometry"),
-    Metric("minutes_speak", "motion, speaking", "one", 2, 0.02, "over the data's, minutes long"),
-    Metric("minutes_listen", "motion, listening", "one", 2, 0.02, "over the data's, minutes long"),
-    Metric("minutes_silence", "motion, silent", "one", 2, 0.02, "over the data's, minutes long"),
-    Metric("minutes_sync", "sync over minutes", "higher", 3, 0.005, "correlation of mouth and speech, minutes long"),
+    Metric("judge_last_minute", "judge, last min.", "lower", 4, 0.0005, "distance by an embedder that no loss has seen"),
+    Metric("minutes_speak", "motion over minutes, speaking", "one", 2, 0.02, "over the data's"),
+    Metric("minutes_listen", "motion over minutes, listening", "one", 2, 0.02, "over the data's"),
+    Metric("minutes_silence", "motion over minutes, silent", "one", 2, 0.02, "over the data's"),
+    Metric("minutes_sync", "sync over minutes", "higher", 3, 0.005, "correlation of mouth and speech"),
     Metric("minutes_copy", "copies", "lower", 3, 0.01, "frames that repeat a reference or the first chunk"),
 )
 BY_KEY = {metric.key: metric for metric in (*METRICS, *MINUTES)}

@@ -20,7 +20,7 @@ from evaluation.arms_page import Comparison, figures, html, markdown
 from evaluation.crossed import crossed, effect, p_value
 from evaluation.metrics import BY_KEY, MINUTES
 
-OURS = ("identity_slope_per_min", "judge_slope_per_min", "identity_last_minute", "sync", "copy")
+OURS = ("identity_slope_per_min", "judge_slope_per_min", "identity_last_minute", "judge_last_minute", "sync", "copy")
 STATES = ("motion_speak", "motion_listen", "motion_silence")
 
 
