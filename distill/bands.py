@@ -59,6 +59,7 @@ def one(options: Options, recipe: Recipe, seeds: int, steps: int) -> Path:
         runs.append(run_folder(run) / recipe.stage)
     manifest = lineage.read(runs[0])
     about: dict[str, Any] = {"recipe": recipe.name, "variant": options.variant, "seeds": list(range(seeds))}
+    about |= {"set": list(options.overrides)} if options.overrides else {}
     about |= {"code": manifest.data["code"]["sources"], "cpu_seconds": round(spent, 1)}
     band = measured(origin_of(manifest), [run / "metrics.jsonl" for run in runs], steps, about)
     path = reference.bands_of(recipe) / f"{options.recipe.stem}.json"
@@ -123,11 +124,15 @@ def origin_of(manifest: Manifest) -> Origin:
 
 
 def write(path: Path, band: Band) -> None:
-    """Put a band into its file, in the place of an older one of the same settings."""
+    """Put a band into its file, in the place of one of the same settings, or of what the same command gave before."""
     kept = reference.read(path) if path.is_file() else []
-    kept = [other for other in kept if other.origin.settings != band.origin.settings]
+    kept = [one for one in kept if one.origin.settings != band.origin.settings and _asked(one) != _asked(band)]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, as_json([*kept, band]))
+
+
+def _asked(band: Band) -> tuple[Any, Any]:
+    return band.about.get("variant"), band.about.get("set", [])
 
 
 def _count(options: Options, name: str, default: int) -> int:

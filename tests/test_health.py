@@ -266,11 +266,17 @@ def test_the_command_writes_a_band_of_its_seeds_and_keeps_other_variants(tmp_pat
         runs.append(tmp_path / f"{seed}.jsonl")
         lines = [{"step": step, "train/dmd": 1.0 + 0.1 * seed, "perf/step_s": 3.0} for step in (2, 4, 6)]
         runs[-1].write_text("".join(json.dumps(line) + "\n" for line in lines))
-    first, second = (measured(Origin(name), runs, 4, {"seeds": [0, 1]}) for name in ("a", "b"))
+    first, second = (measured(Origin(name), runs, 4, {"seeds": [0, 1], "variant": name}) for name in ("a", "b"))
     assert list(first.curves) == ["train/dmd"] and list(first.curves["train/dmd"]) == [2, 4]
     for band in (first, second, first):
         bands.write(tmp_path / "bands" / "x.json", band)
     assert [band.origin.settings for band in read(tmp_path / "bands" / "x.json")] == ["b", "a"]
+    changed = measured(Origin("c"), runs, 4, {"seeds": [0, 1], "variant": "b"})  # the recipe says something else now
+    bands.write(tmp_path / "bands" / "x.json", changed)
+    assert [band.origin.settings for band in read(tmp_path / "bands" / "x.json")] == ["a", "c"]
+    other = measured(Origin("d"), runs, 4, {"seeds": [0, 1], "variant": "b", "set": ["train.batch_size=2"]})
+    bands.write(tmp_path / "bands" / "x.json", other)
+    assert [band.origin.settings for band in read(tmp_path / "bands" / "x.json")] == ["a", "c", "d"]
 
 
 # ---- gates ------------------------------------------------------------------------------------------------
