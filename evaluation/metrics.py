@@ -69,7 +69,7 @@ MINUTES = (  # of `make drift`, over its whole stream unless said; one value per
     Metric("identity_slope_per_min", "identity slope / min", "lower", 4, 0.0005, "in the exact geometry"),
     Metric("judge_slope_per_min", "judge slope / min", "lower", 4, 0.0005, "of an embedder that no loss has seen"),
     Metric("identity_last_minute", "identity, last min.", "lower", 3, 0.005, "distance in the exact geometry"),
-    Metric("judge_last_minute", "judge, last min.", "lower", 4, 0.0005, "distance by an embedder that no loss has seen"),
+    Metric("judge_last_minute", "judge, last min.", "lower", 4, 0.0005, "by an embedder that no loss has seen"),
     Metric("minutes_speak", "motion over minutes, speaking", "one", 2, 0.02, "over the data's"),
     Metric("minutes_listen", "motion over minutes, listening", "one", 2, 0.02, "over the data's"),
     Metric("minutes_silence", "motion over minutes, silent", "one", 2, 0.02, "over the data's"),
