@@ -138,9 +138,11 @@ def one_step_error(roles: Roles, batch: Batch) -> float:
     network = roles.causal("refiner" if "refiner" in roles.models else "student")
     device = next(network.parameters()).device
     assert batch.latents is not None
+    # What a stream sees at once: with fewer chunks in sight than a clip has, its beginning.
+    seen = min(batch.latents.shape[1], roles.stream.visible_chunks * roles.stream.chunk_frames)
     errors = []
     for rows in torch.arange(len(batch)).split(BenchConfig().batch_size):
-        x0, cond = batch.latents[rows].to(device), batch.cond.select(rows).to(device)
+        x0, cond = batch.latents[rows, :seen].to(device), batch.cond.select(rows).frames(0, seen).to(device)
         noise = torch.randn(x0.shape, generator=keyed_generator("one step", int(rows[0]))).to(device)
         t = torch.full((len(x0),), roles.stream.steps[-1], dtype=torch.float64, device=device)
         xt = add_noise(x0, noise, t)

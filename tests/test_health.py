@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import batch_of, conditions, latents
+from conftest import batch_of, conditions, latents, small_roles
 from shrunk import BANDED, KEPT, STEPS, shrunk, trainer_of
 from test_trainer import RECIPE, FakeSource, make
 
@@ -24,8 +24,10 @@ from distill.gates import GateConfig
 from distill.health import LIMITS, HealthConfig, judge
 from distill.monitor import Monitor, muted
 from distill.reference import Band, Origin, Reference, as_json, band_of, find, measured, read, settings
+from distill.samples import one_step_error
 from distill.state import checkpoint, lineage
 from evaluation.quality import color_drift, color_shift, contrast_ratio
+from student.causal_dit import StreamConfig
 from teacher.codec import PCACodec
 from teacher.conditions import SILENCE
 
@@ -241,6 +243,17 @@ def test_a_loss_that_is_not_what_it_was_leaves_its_band(tmp_path: Path, monkeypa
     with pytest.raises(UserError):
         run.fit(until=STEPS)
     assert "outside band: " in (tmp_path / "log.txt").read_text()
+
+
+def test_one_step_takes_of_a_clip_what_a_stream_has_in_sight() -> None:
+    roles = small_roles(StreamConfig(1, sink_chunks=0, window_chunks=1))  # two of four chunks
+    batch = batch_of(conditions(4), latents(4).float())
+    batch.latents[:, 0] *= 3
+    found = one_step_error(roles, batch) * batch.latents.std().item()
+    later = batch_of(batch.cond, torch.cat([batch.latents[:, :2], torch.zeros_like(batch.latents[:, 2:])], 1))
+    assert one_step_error(roles, later) * later.latents.std().item() == pytest.approx(found, rel=1e-6)
+    other = batch_of(batch.cond, batch.latents.flip(1))
+    assert one_step_error(roles, other) * other.latents.std().item() != pytest.approx(found, rel=1e-3)
 
 
 def test_the_kept_bands_belong_to_recipes_and_data_as_they_are_on_any_machine() -> None:
