@@ -18,6 +18,9 @@ COMPARING: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ('told["weights"] != member.key["source"]', "False", "minutes of other weights are shown"),
         ('for part in ("identities", "measured_by")', 'for part in ("identities",)', "other plans are compared"),
     ],
+    ("distill/samples.py", "health"): [
+        ("roles.stream.visible_chunks * roles.stream.chunk_frames", "10**6", "clips longer than what is in sight"),
+    ],
     ("distill/data/version.py", "health"): [
         ('if key != "speech"', "", "what a CPU rounds decides which band fits"),
     ],
