@@ -165,6 +165,9 @@ def _after(parent: str, grid: Grid) -> Grid:
     settings = {key for cell in grid.cells for key in cell.set} | set(grid.set) | set(grid.grid)
     for key in sorted(key for key in settings if key.partition(".")[0] in gone):
         raise UserError(f"The grid sets {key}, but PARENT= is a checkpoint of {parent}: it is not trained again.")
+    for cell in grid.cells:
+        if {**grid.set, **cell.set}.get("parent") in gone[:-1]:
+            raise UserError(f"Cell {cell.name} begins at an earlier stage than PARENT=, a {parent}: give its parent.")
     cells = tuple(replace(cell, stages=tuple(s for s in cell.stages if s not in gone)) for cell in grid.cells)
     stages = tuple(stage for stage in grid.stages if stage not in gone)
     if not stages or any(old.stages and not new.stages for old, new in zip(grid.cells, cells, strict=True)):

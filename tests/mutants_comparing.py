@@ -56,6 +56,7 @@ COMPARING: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("distill/grid.py", "ablate"): [
         ("own_seed = seed if last or", "own_seed = seed if last and", "parents of another seed"),
         ("TRAINED.index(parent) + 1", "TRAINED.index(parent)", "the same stage again"),
+        ('.get("parent") in gone[:-1]', '.get("parent") in ()', "a cell begins where PARENT= is not"),
         ('"code": {path.name', '"mode": {path.name[:0]', "an edited loss counts as the old one"),
     ],
     ("distill/progress.py", "ablate"): [

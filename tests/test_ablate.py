@@ -150,6 +150,11 @@ def test_a_given_checkpoint_stands_for_the_stages_up_to_its_own(here: Path) -> N
     with pytest.raises(UserError, match="cells of the grid end there"):
         plan(write("name: g\nstages: [stage1, stage3]\ncells: [{name: a}, {name: b, stages: [stage2]}]\n", "h.yaml"),
              Choice(parent="."))  # fmt: skip
+    with pytest.raises(UserError, match="Cell b begins at an earlier stage than PARENT="):
+        plan(
+            write("name: g\nstages: [stage3]\ncells: [{name: a}, {name: b, set: {parent: stage1}}]\n", "i.yaml"),
+            Choice(parent="."),
+        )
     write('{"stage": "stage1"}', "manifest.json")
     assert "stage1" not in {job.stage for job in plan(mine, Choice(parent=".")).jobs.values()}
     assert "stage2" in {job.stage for job in plan(mine, Choice(parent=".")).jobs.values()}
