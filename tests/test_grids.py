@@ -17,7 +17,7 @@ from distill.grid import TRAINED, Job, plan
 from distill.samples import one_step_error
 from evaluation.bench import BenchConfig, make_clips, student_sampler
 
-GRIDS = [path for path in sorted((ROOT / "recipes" / "ablations").glob("*.yaml")) if path.stem != "base"]
+GRIDS = [path for path in sorted((ROOT / "recipes" / "ablations").glob("*.yaml")) if "base" not in path.stem]
 STEPS = 2
 
 
