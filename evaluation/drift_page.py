@@ -183,38 +183,45 @@ def html_table(facts: Mapping[str, Any]) -> str:
 
 
 def drawn(facts: Mapping[str, Any]) -> Iterator[Chart]:
-    """The curves."""
+    """The curves; a row has one color on the whole page, and what was seen at one time only is no line."""
     rows, subject = facts["rows"], facts["subject"]
-    others = [name for name, _ in rows_of(facts) if name not in CONTROLS and name != subject]
+    place = {name: i for i, (name, _) in enumerate(rows_of(facts))}
+    others = [name for name in place if name not in CONTROLS and name != subject]
+
+    def line(name: str, x: Sequence[float], y: Sequence[float | None], band: Sequence[float | None] | None) -> Series:
+        return Series(CONTROLS.get(name, name), x, y, band, place[name])
+
     for title, measure, controls, note in CURVES:
-        named = [name for name in (subject, *others, *controls) if measure in rows[name]["curves"]]
-        yield Chart(title, "minutes", "", [series(name, rows[name]["curves"][measure]) for name in named], note)
-    motion = [series(state, rows[subject]["curves"][f"motion_{state}"]) for state in STATES]
+        curves = {name: rows[name]["curves"].get(measure) for name in (subject, *others, *controls)}
+        shown = {name: curve for name, curve in curves.items() if curve and len(curve["minutes"]) > 1}
+        lines = [line(name, curve["minutes"], curve["mean"], spread(curve)) for name, curve in shown.items()]
+        yield Chart(title, "minutes", "", lines, note)
+    states = {state: rows[subject]["curves"][f"motion_{state}"] for state in STATES}
+    motion = [Series(state, curve["minutes"], curve["mean"], spread(curve)) for state, curve in states.items()]
     yield Chart("Motion by state, over the data's", "minutes", "", motion, "1 is as lively as the data")
-    shares = [steps(name, row["identity_survival"]) for name, row in rows_of(facts) if "identity_survival" in row]
+    recognized = [(name, row["identity_survival"]) for name, row in rows_of(facts) if "identity_survival" in row]
+    shares = [line(name, *steps(survival), None) for name, survival in recognized]
     yield Chart("Still recognized as themselves", "minutes", "", shares, "share of characters, Kaplan-Meier")
-    late = "nod_delay_ms_per_minute"
-    delays = [Series(CONTROLS.get(n, n), [m + 0.5 for m in range(len(rows[n][late]))], rows[n][late])
-              for n in (subject, "codec")]  # fmt: skip
+    late = {name: rows[name]["nod_delay_ms_per_minute"] for name in (subject, "codec")}
+    delays = [line(name, [m + 0.5 for m in range(len(found))], found, None) for name, found in late.items()]
     yield Chart("Delay of the reaction, ms", "minutes", "", delays, "of the nod after what is heard")
 
 
-def series(name: str, curve: Mapping[str, Any]) -> Series:
-    """A curve with its band."""
-    spread = [
+def spread(curve: Mapping[str, Any]) -> list[float | None]:
+    """Half the width of a curve's band."""
+    return [
         None if low is None or high is None else (high - low) / 2
         for low, high in zip(curve["low"], curve["high"], strict=True)
     ]
-    return Series(CONTROLS.get(name, name), curve["minutes"], curve["mean"], spread)
 
 
-def steps(name: str, survival: Mapping[str, Any]) -> Series:
-    """A survival curve as a staircase."""
+def steps(survival: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """A survival curve as a staircase: minutes, share."""
     x, y = [survival["minutes"][0]], [survival["share"][0]]
     for time, share in zip(survival["minutes"][1:], survival["share"][1:], strict=True):
         x += [time, time]
         y += [y[-1], share]
-    return Series(CONTROLS.get(name, name), x, y)
+    return x, y
 
 
 def marks(found: Sequence[tuple[str, str, bool | None]]) -> str:

@@ -21,12 +21,14 @@ COLORS = 6  # --c0 ... --c5 of the page
 
 @dataclass(frozen=True)
 class Series:
-    """One line: x, y and, as a band around it, y -+ spread. None in y is a gap."""
+    """One line: x, y and, as a band around it, y -+ spread. None in y is a gap. `place`: which of the page's colors, so
+    that one name looks the same in every chart; None: by where it stands in this one."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float | None]
     spread: Sequence[float | None] | None = None
+    place: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ def line_chart(chart: Chart) -> str:
             out.append(f'<text class="tick" {at} text-anchor="middle">{number(x, xt)}</text>')
     middle = LEFT + (WIDTH - LEFT - RIGHT) / 2
     out.append(f'<text class="axis" x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(chart.x_label)}</text>')
-    for i, line in enumerate(chart.series):
+    placed = [(i if line.place is None else line.place, line) for i, line in enumerate(chart.series)]
+    for i, line in placed:
         whole = known_points(line)
         color = f"var(--c{i % COLORS})"
         if line.spread is not None:
@@ -107,8 +110,7 @@ def line_chart(chart: Chart) -> str:
             f'points="{path([(x, y) for x, y, _ in whole], px, py)}"><title>{escape(line.name)}</title></polyline>'
         )
     keys = "".join(
-        f'<span><i style="background:var(--c{i % COLORS})"></i>{escape(line.name)}</span>'
-        for i, line in enumerate(chart.series)
+        f'<span><i style="background:var(--c{i % COLORS})"></i>{escape(line.name)}</span>' for i, line in placed
     )
     return "".join(out) + f'</svg><div class="legend">{keys if len(chart.series) > 1 else ""}</div>'
 

@@ -29,7 +29,7 @@ from distill.options import Options
 from evaluation import aging
 from evaluation.arms import Arm
 from evaluation.arms_charts import LONG, long_lines
-from evaluation.drift_page import page, table
+from evaluation.drift_page import drawn, page, table
 from evaluation.drift_report import row_facts, shuffled_row
 from evaluation.geometry import measure
 from evaluation.identity import stills_identity
@@ -291,6 +291,8 @@ def test_drift_is_measured_kept_and_told(data: Data, tmp_path: Path):
     assert frozen["copy_last_minute"]["mean"] == 1.0
     assert len(again["rows"]["stage3"]["per_character"]["identity_slope_per_min"]) == 3
     assert "frozen reference" in page(again) and "injected drift" in table(again)
+    of_rows = [line for chart in drawn(again) if "Motion" not in chart.title for line in chart.series]
+    assert len({(line.name, line.place) for line in of_rows}) == len({line.name for line in of_rows}) == 5
 
 
 def test_what_is_expected_of_the_injected_drift_starts_at_the_truth(data: Data):

@@ -203,6 +203,12 @@ def test_line_chart_breaks_nothing_on_flat_or_empty_data():
     assert "No values" in line_chart(Chart("none", "x", "y", [Series("a", [0], [None])]))
 
 
+def test_a_line_has_the_color_of_its_place_in_line_and_legend():
+    lines = [Series("a", [0, 1], [1.0, 2.0]), Series("b", [0, 1], [2.0, 3.0], place=4)]
+    drawn = line_chart(Chart("c", "x", "y", lines))
+    assert [drawn.count(f"var(--c{i})") for i in range(6)] == [2, 0, 0, 0, 2, 0]
+
+
 def test_loss_charts_read_the_terms_once_per_step_and_skip_a_cut_line(tmp_path: Path):
     lines = [json.dumps({"step": i, "train/dmd": 9.0, "optim/lr_student": 1.0}) for i in range(500)]
     lines += [json.dumps({"step": i, "train/dmd": 1.0}) for i in range(400, 500)]
