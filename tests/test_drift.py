@@ -292,7 +292,8 @@ def test_drift_is_measured_kept_and_told(data: Data, tmp_path: Path):
     assert len(again["rows"]["stage3"]["per_character"]["identity_slope_per_min"]) == 3
     assert "frozen reference" in page(again) and "injected drift" in table(again)
     of_rows = [line for chart in drawn(again) if "Motion" not in chart.title for line in chart.series]
-    assert len({(line.name, line.place) for line in of_rows}) == len({line.name for line in of_rows}) == 5
+    colors = {(line.name, line.place) for line in of_rows}
+    assert len(colors) == len({name for name, _ in colors}) == len({place for _, place in colors}) == 5
 
 
 def test_what_is_expected_of_the_injected_drift_starts_at_the_truth(data: Data):
