@@ -130,7 +130,11 @@ def small_demo(folder: Path, names: tuple[str, ...] = ("ann", "ben"), side: int 
 
 @contextmanager
 def running(shown: list[Shown], folder: Path, limits: Limits | None = None) -> Iterator[int]:
-    """The port of a server that runs until the block ends."""
+    """The port of a server that runs until the block ends.
+
+    Unless `limits` say otherwise no picture is left out: a model that answers at once is chunks ahead of any reader.
+    """
+    limits = limits or Limits(frames_waiting=Limits.messages_waiting)
     listener = serve.bind("127.0.0.1", 0)
     server = serve.server(serve.application(shown, folder, limits), limits)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
