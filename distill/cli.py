@@ -8,7 +8,6 @@ import argparse
 import errno
 import importlib
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from distill.config import SCALES, read
 from distill.errors import ExitCode, UserError, refusal
 from distill.launch import SPREAD
 from distill.options import Options, run_name
+from distill.schema import split_overrides
 
 
 @dataclass(frozen=True)
@@ -295,7 +295,7 @@ def _options(given: argparse.Namespace) -> Options:
         recipe=given.recipe,
         run=run_name(given.run, scale, given.quick, given.smoke),
         parent=given.parent,
-        overrides=tuple(shlex.split(given.set)),
+        overrides=split_overrides(given.set),
         quick=given.quick,
         smoke=given.smoke,
         scale=scale,

@@ -7,6 +7,7 @@ its mapping together. Leaves are converted by OmegaConf in structured mode, so `
 
 import difflib
 import re
+import shlex
 import types
 import typing
 from collections.abc import Iterable
@@ -164,6 +165,26 @@ def _merge(base: Any, over: Any, path: KeyPath, where: dict[KeyPath, str]) -> An
     for key, value in over.items():
         merged[key] = _merge(base[key], value, (*path, str(key)), where) if key in base else value
     return merged
+
+
+def split_overrides(text: str) -> tuple[str, ...]:
+    """`a.b=1 c="x y" d={e: 1, f: [2, 3]}` -> its three overrides: they part at spaces outside quotes and brackets."""
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        raise UserError(f"A quotation in the overrides {text} does not end.") from None
+    overrides: list[str] = []
+    for word in words:
+        if overrides and _is_open(overrides[-1].partition("=")[2]):
+            overrides[-1] += f" {word}"
+        else:
+            overrides.append(word)
+    return tuple(overrides)
+
+
+def _is_open(value: str) -> bool:
+    """A mapping or list that lacks its end."""
+    return value.startswith(("[", "{")) and sum(map(value.count, "[{")) > sum(map(value.count, "]}"))
 
 
 def override(source: Source, text: str) -> None:

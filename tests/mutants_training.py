@@ -88,6 +88,10 @@ TRAINING: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("distill/engine/config.py", "engine"): [
         ("if key in OURS:", "if False:", "DeepSpeed's file contradicts the recipe"),
     ],
+    ("distill/schema.py", "config"): [
+        ("if overrides and _is_open(", "if False and (", "a mapping on the command line falls apart at its spaces"),
+        ('value.startswith(("[", "{")) and', "True and", "a bracket in a name takes the next override in"),
+    ],
     ("distill/launch.py", "engine"): [
         ('if several and config.kind == "plain":', "if False:", "several processes that train the same alone"),
     ],

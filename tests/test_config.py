@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from distill import config, modules
+from distill import cli, config, modules
 from distill.errors import ExitCode, UserError
-from distill.schema import differing_keys
+from distill.schema import differing_keys, split_overrides
 
 BASE = """\
 name: base
@@ -200,6 +200,33 @@ def test_unknown_override_is_refused_with_the_nearest_key(tmp_path: Path) -> Non
 
 def test_override_without_a_value_is_refused(tmp_path: Path) -> None:
     assert "not of the form" in error_of(write(tmp_path, BASE), "train.steps")
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides"),
+    [
+        ("", []),
+        ("a.b=1  c=x", ["a.b=1", "c=x"]),
+        ("name='a b' c=1", ["name=a b", "c=1"]),
+        ("d={e: 1, f: [2, 3]} c=1", ["d={e: 1, f: [2, 3]}", "c=1"]),
+        ("d=[{e: 1}, {e: 2}] c=1", ["d=[{e: 1}, {e: 2}]", "c=1"]),
+        ("d='{e: 1, f: 2}' c=1", ["d={e: 1, f: 2}", "c=1"]),
+        ("name=a[ c=1", ["name=a[", "c=1"]),  # a bracket in a name opens nothing
+    ],
+)
+def test_overrides_part_at_spaces_outside_quotes_and_brackets(text: str, overrides: list[str]) -> None:
+    assert split_overrides(text) == tuple(overrides)
+
+
+def test_a_mapping_from_the_command_line_is_read_as_in_a_file(tmp_path: Path) -> None:
+    given = split_overrides("rollout={kind: long, chunks: 6} train.steps=7")
+    recipe = config.load(write(tmp_path, BASE), given)
+    assert (recipe.rollout.config.chunks, recipe.train.steps) == (6, 7)
+
+
+def test_a_quotation_that_does_not_end_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["validate", "--set", "name='a b"]) == ExitCode.USAGE
+    assert capsys.readouterr().err == "A quotation in the overrides name='a b does not end.\n"
 
 
 def test_a_key_written_twice_is_refused(tmp_path: Path) -> None:
