@@ -24,7 +24,7 @@ from distill.evaluate import LatentDataset
 from distill.listing import flatten
 from distill.options import Options
 from distill.progress import CARD, STATE, done_cells
-from distill.runs import RESOLVED, RUNS, read_status, run_folder
+from distill.runs import RESOLVED, RUNS, existing_run, read_status, run_folder
 from distill.schema import differing_keys
 from evaluation.arms import Arm, over_minutes
 from evaluation.arms_page import Comparison, Reel, write_comparison
@@ -107,13 +107,10 @@ def find(name: str, several: bool = False) -> list[Member]:
     if (folder / STATE).is_file():
         prefix = f"{name}/" if several else ""
         return [_member(f"{prefix}{cell}", folder / f"{cell}-seed{seed}", row) for cell, seed in done_cells(folder)]
-    if folder.is_dir():
-        return [_member(re.sub(r"-seed\d+$", "", name), folder, row)]
     seeded = [path for path in folder.parent.glob(f"{folder.name}-seed*") if re.search(r"-seed\d+$", path.name)]
-    if not seeded:
-        have = ", ".join(sorted(path.name for path in RUNS.glob("*") if path.is_dir())) or "nothing"
-        raise UserError(f"There is no run {folder}: {RUNS} holds {have}.")
-    return [_member(name, path, row) for path in sorted(seeded)]
+    if seeded and not folder.is_dir():
+        return [_member(name, path, row) for path in sorted(seeded)]
+    return [_member(re.sub(r"-seed\d+$", "", name), existing_run(name), row)]
 
 
 def _member(arm: str, folder: Path, row: str) -> Member:

@@ -27,7 +27,7 @@ from distill.evaluate import Bench, Row, data_row, measure_all, student_row, tea
 from distill.options import Options
 from distill.report import assemble
 from distill.roles import build_roles, find_teacher, kept_teacher, network
-from distill.runs import read_status, run_folder, write_json
+from distill.runs import existing_run, read_status, run_folder, write_json
 from distill.samples import SampleHook, TeacherClips, teacher_clips
 from distill.state import checkpoint, lineage
 from distill.state.lineage import Manifest
@@ -160,7 +160,7 @@ def keep(options: Options) -> None:
 
 def evaluate(options: Options) -> None:
     """Measure every row that the run has, and write scores and report."""
-    recipe, folder = options.load("stage4"), run_folder(options.run)
+    recipe, folder = options.load("stage4"), existing_run(options.run)
     need_data(recipe)
     setup = Path(sys.prefix) / ".setup_seconds"  # written by the Makefile
     with _timed(options, "evaluation"):
@@ -181,7 +181,7 @@ def evaluate(options: Options) -> None:
 
 def report(options: Options) -> None:
     """Write the report from the kept rows."""
-    recipe, folder = options.load("stage4"), run_folder(options.run)
+    recipe, folder = options.load("stage4"), existing_run(options.run)
     bench = Bench(Path(recipe.data.path), recipe.evaluation or BenchConfig(), folder / "report" / "rows")
     page = assemble(folder, bench)
     print(f"Wrote {page}; next: open it in a browser.")

@@ -43,6 +43,15 @@ def run_folder(run: str) -> Path:
     return RUNS / run
 
 
+def existing_run(run: str) -> Path:
+    """Its folder; UserError, with the runs that there are, when it has none."""
+    folder = run_folder(run)
+    if not folder.is_dir():
+        have = ", ".join(sorted(path.name for path in RUNS.glob("*") if path.is_dir())) or "nothing"
+        raise UserError(f"There is no run {folder}: {RUNS} holds {have}.")
+    return folder
+
+
 @dataclass
 class StageRun:
     """One stage of one run. `done` says that an earlier process finished it."""

@@ -207,6 +207,17 @@ def test_options_reach_the_pipeline_as_given(monkeypatch: pytest.MonkeyPatch) ->
     assert options.overrides == ("train.steps=3", "name=a b")
 
 
+@pytest.mark.parametrize("command", [["evaluate"], ["report"], ["compare", "--runs", "tinny"]])
+def test_a_run_that_is_not_there_is_refused_before_anything_is_measured(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("runs/tiny").mkdir(parents=True)
+    monkeypatch.setattr(Options, "load", lambda options, *stages: load(ROOT / "recipes/tiny/stage4_refiner.yaml"))
+    assert cli.main([*command, *([] if len(command) > 1 else ["--run", "tinny"])]) == ExitCode.USAGE
+    assert capsys.readouterr().err == "There is no run runs/tinny: runs holds tiny.\n"
+    assert [path.name for path in Path("runs").iterdir()] == ["tiny"]
+
+
 def test_trajectories_of_other_settings_or_of_another_teacher_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     path, teacher = ROOT / "recipes/tiny/trajectories.yaml", lineage.Manifest(Path("teacher"), "abc", {})
     monkeypatch.setattr(pipeline, "need_data", lambda recipe: None)
