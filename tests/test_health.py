@@ -273,6 +273,13 @@ def test_the_kept_bands_belong_to_recipes_and_data_as_they_are_on_any_machine() 
             assert len(band.about["seeds"]) >= 3 and band.curves
 
 
+@pytest.mark.parametrize("path", BANDED, ids=lambda path: path.stem)
+def test_every_tiny_recipe_that_trains_has_a_band_of_its_full_size(path: Path) -> None:
+    kept = Path("recipes/tiny/bands", f"{path.stem}.json")
+    own = settings(config.load(path).resolved)
+    assert own in [band.origin.settings for band in read(kept)], f"make bands RECIPE={path}"
+
+
 def test_the_command_writes_a_band_of_its_seeds_and_keeps_other_variants(tmp_path: Path) -> None:
     runs = []
     for seed in range(2):
