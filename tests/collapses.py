@@ -46,7 +46,7 @@ class Silent:
     """A source whose audio is lost on the way, while states and pictures stay."""
 
     def __init__(self, source: Source):
-        self.source, self.fingerprint = source, source.fingerprint
+        self.source, self.fingerprint, self.made_by = source, source.fingerprint, source.made_by
 
     def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
         batch = self.source.sample(batch_size, generator)

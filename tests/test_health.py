@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from collapses import Silent
 from conftest import batch_of, conditions, latents, small_roles
 from shrunk import BANDED, KEPT, STEPS, shrunk, trainer_of
 from test_trainer import RECIPE, FakeSource, make
@@ -26,6 +27,7 @@ from distill.monitor import Monitor, muted
 from distill.reference import Band, Origin, Reference, as_json, band_of, find, measured, read, settings
 from distill.samples import one_step_error
 from distill.state import checkpoint, lineage
+from distill.trainer import Source
 from evaluation.quality import color_drift, color_shift, contrast_ratio
 from student.causal_dit import StreamConfig
 from teacher.codec import PCACodec
@@ -348,3 +350,13 @@ def test_the_state_of_the_monitor_survives_json() -> None:
     other.load(json.loads(json.dumps(one.state())))
     assert other.state() == one.state() and other.best == one.best and other.measured == {"health/contrast": 0.9}
     assert FakeSource.fingerprint == "none"
+
+
+def test_a_source_whose_audio_is_lost_is_the_same_in_all_else() -> None:
+    """tests/collapses.py trains on it, outside of what runs here."""
+    whole, lost = FakeSource(), Silent(FakeSource())
+    assert [getattr(lost, name) for name in Source.__annotations__] == ["none", "none"]
+    told, heard = (source.sample(2, torch.Generator().manual_seed(0)) for source in (whole, lost))
+    assert (heard.cond.speak == SILENCE).all() and (heard.cond.listen == SILENCE).all()
+    assert not (told.cond.speak == SILENCE).all()
+    assert torch.equal(heard.latents, told.latents) and torch.equal(heard.cond.refs, told.cond.refs)
