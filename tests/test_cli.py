@@ -207,13 +207,13 @@ def test_options_reach_the_pipeline_as_given(monkeypatch: pytest.MonkeyPatch) ->
     assert options.overrides == ("train.steps=3", "name=a b")
 
 
-@pytest.mark.parametrize("command", [["evaluate"], ["report"], ["compare", "--runs", "tinny"]])
+@pytest.mark.parametrize("command", ["evaluate --run", "report --run", "compare --runs"])
 def test_a_run_that_is_not_there_is_refused_before_anything_is_measured(
-    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("runs/tiny").mkdir(parents=True)
     monkeypatch.setattr(Options, "load", lambda options, *stages: load(ROOT / "recipes/tiny/stage4_refiner.yaml"))
-    assert cli.main([*command, *([] if len(command) > 1 else ["--run", "tinny"])]) == ExitCode.USAGE
+    assert cli.main([*command.split(), "tinny"]) == ExitCode.USAGE
     assert capsys.readouterr().err == "There is no run runs/tinny: runs holds tiny.\n"
     assert [path.name for path in Path("runs").iterdir()] == ["tiny"]
 
