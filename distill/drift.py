@@ -30,7 +30,7 @@ from distill.judge import ensure_judge
 from distill.options import Options
 from distill.progress import STATE, done_cells
 from distill.roles import find_teacher, network
-from distill.runs import RESOLVED, run_folder, write_json, write_text
+from distill.runs import RESOLVED, existing_run, run_folder, write_json, write_text
 from distill.score import STUDENTS, last_stage, students
 from distill.state.lineage import environment
 from distill.streaming import load as load_online
@@ -113,7 +113,7 @@ def find(options: Options, run: Path, stage: str) -> Subject:
         teacher = find_teacher(recipe, run)
         made = network(replace(recipe.model, flow_map=False), teacher, "ema").eval().requires_grad_(False)
         return Subject(UNTRAINED, teacher.hash, CausalDiT(made, recipe.student), None, recipe)
-    stage = stage or last_stage(run)
+    stage = stage or last_stage(existing_run(options.run))
     if stage not in STUDENTS or not (run / stage / RESOLVED).is_file():
         raise UserError(f"{run} has no stage '{stage}': STAGE is {', '.join((*STUDENTS, ONLINE))} or {UNTRAINED}.")
     recipe = load(run / stage / RESOLVED, options.overrides)

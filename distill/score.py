@@ -14,7 +14,7 @@ from distill.errors import UserError
 from distill.evaluate import Bench, measure_all, student_row
 from distill.options import Options
 from distill.roles import network
-from distill.runs import RESOLVED, read_status, run_folder
+from distill.runs import RESOLVED, existing_run, read_status
 from distill.state import lineage
 from evaluation.bench import BenchConfig
 from evaluation.scores import write_scores
@@ -25,7 +25,7 @@ STUDENTS = ("stage1", "stage2", "stage3", "stage4")
 
 def score(options: Options) -> str:
     """Measure the last finished stage of RUN=, or --stage."""
-    folder = run_folder(options.run)
+    folder = existing_run(options.run)
     stage = options.own.get("stage") or last_stage(folder)
     recipe = load(folder / stage / RESOLVED, options.overrides)
     bench = Bench(Path(recipe.data.path), recipe.evaluation or BenchConfig(), folder / "report" / "rows")

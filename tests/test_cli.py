@@ -207,7 +207,7 @@ def test_options_reach_the_pipeline_as_given(monkeypatch: pytest.MonkeyPatch) ->
     assert options.overrides == ("train.steps=3", "name=a b")
 
 
-@pytest.mark.parametrize("command", ["evaluate --run", "report --run", "compare --runs"])
+@pytest.mark.parametrize("command", ["evaluate --run", "report --run", "score --run", "drift --run", "compare --runs"])
 def test_a_run_that_is_not_there_is_refused_before_anything_is_measured(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
