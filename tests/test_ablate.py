@@ -16,6 +16,7 @@ import pytest
 
 from distill import ablate, cli, jobs
 from distill import progress as standing
+from distill.config import load
 from distill.errors import ExitCode, UserError
 from distill.grid import Choice, Job, Plan, expand, plan, read_grid
 from distill.progress import Progress, rows, survey
@@ -350,7 +351,8 @@ def test_predictions_come_from_jobs_of_the_same_kind_once_there_are_some(
     path = write(GRID + "step_seconds: {stage3: 1.0}\n")
     found = plan(path)
     third = [job for job in found.jobs.values() if job.stage == "stage3"]
-    assert standing.predicted(found, third[0]) == 215.0  # 200 steps and a start
+    steps = load(ROOT / "recipes/tiny/stage3_self_forcing.yaml").train.steps
+    assert standing.predicted(found, third[0]) == steps + 15.0  # a second each, and a start
     run(found, monkeypatch)
     (third[0].folder / "timings.json").write_text('{"stage3": 50.0}')
     same = next(job for job in third if job.family == third[0].family and job is not third[0])
