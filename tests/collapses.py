@@ -57,7 +57,7 @@ class Silent:
 def train(name: str, parent: Path, steps: int) -> None:
     """One run into runs/collapses/<name>, never stopped by its verdict."""
     changes = {**HEALTHY, **COLLAPSES}[name]
-    recipe = load(RECIPE, (*changes, f"train.steps={steps}", "train.log_every=4", "health.stop=never"))
+    recipe = load(RECIPE, (*changes, f"train.steps={steps}", "train.log_every=2", "health.stop=never"))
     above = lineage.read(parent)
     data, folder = Path(recipe.data.path), PLACE / name
     clips = dataset.load(data, "train")
