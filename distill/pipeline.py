@@ -79,7 +79,8 @@ def train_stage(options: Options, stage: str, until: int | None = None) -> None:
         if run.done:
             print(f"{run.folder} is done; next: {_next(stage)}.")
             return
-        with _timed(options, stage) if engine.is_main else nullcontext():
+        goes_on = any(run.checkpoints.glob("step_*"))
+        with _timed(options, stage, goes_on) if engine.is_main else nullcontext():
             roles = build_roles(recipe, teacher, parent, Path(recipe.data.path), engine.empty)
             roles.trajectories = trajectories
             notes = {"teacher": teacher.hash if teacher else None} | ({"forced": forced} if forced else {})
@@ -318,8 +319,8 @@ def _next(stage: str) -> str:
 
 
 @contextmanager
-def _timed(options: Options, part: str) -> Iterator[None]:
-    """Add the seconds of a part to runs/<run>/timings.json; parts that were resumed add up."""
+def _timed(options: Options, part: str, goes_on: bool = True) -> Iterator[None]:
+    """Add the seconds of a part to runs/<run>/timings.json; a part that does not go on, but begins anew, starts at 0."""
     began = time.perf_counter()
     try:
         yield
@@ -327,7 +328,7 @@ def _timed(options: Options, part: str) -> Iterator[None]:
         folder = run_folder(options.run)
         folder.mkdir(parents=True, exist_ok=True)
         timings = _timings(folder)
-        timings[part] = timings.get(part, 0.0) + time.perf_counter() - began
+        timings[part] = (timings.get(part, 0.0) if goes_on else 0.0) + time.perf_counter() - began
         write_json(folder / "timings.json", timings)
 
 

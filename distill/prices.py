@@ -14,9 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import yaml
-
-from distill.config import Recipe, load, read
+from distill.config import Recipe, load, read, to_yaml
 from distill.errors import UserError
 from distill.runs import RESOLVED, RUNS, write_json
 from distill.tracking import progress
@@ -73,7 +71,7 @@ def price(recipe: Recipe, digest: str) -> Price:
     from distill.standing import Setting
 
     if recipe.scale in ON_CPU:
-        hours = _measured(recipe.name, recipe.train.steps)
+        hours = _measured(recipe)
         needed = plan(Setting(recipe, 1, EngineConfig(kind="plain")), 80 * GB).total / GB
         return Price(digest, 0, 0, round(needed, 2), hours, hours is not None)
     for gpus, memory in OFFERS:
@@ -83,16 +81,20 @@ def price(recipe: Recipe, digest: str) -> Price:
     raise UserError(f"{recipe.name} fits on none of {OFFERS} as written: see make plan for what makes it fit.")
 
 
-def _measured(name: str, steps: int) -> float | None:
-    """Hours of the newest whole run of a recipe in runs/, by the median of its steps."""
-    for folder in sorted(RUNS.glob("*/*/"), key=lambda path: path.stat().st_mtime, reverse=True):
-        resolved, curves = folder / RESOLVED, folder / "metrics.jsonl"
-        if not (resolved.is_file() and curves.is_file()):
+def _measured(recipe: Recipe) -> float | None:
+    """Hours of the fastest whole run of just this recipe, whatever its seed, in runs/, by the median of its steps: what
+    trained beside others, or with fewer threads, was no measurement of the recipe."""
+    wanted, found = _unseeded(to_yaml(recipe)), []
+    for curves in RUNS.glob("**/metrics.jsonl"):
+        resolved = curves.parent / RESOLVED
+        if not resolved.is_file() or _unseeded(resolved.read_text(encoding="utf-8")) != wanted:
             continue
-        written = yaml.safe_load(resolved.read_text(encoding="utf-8"))
         records = [json.loads(line) for line in curves.read_text(encoding="utf-8").splitlines()]
         paces = [record["perf/step_s"] for record in records if "perf/step_s" in record]
-        whole = bool(records) and records[-1]["step"] >= steps == written["train"]["steps"]
-        if written["name"] == name and whole and paces:
-            return round(statistics.median(paces) * steps / 3600, 3)
-    return None
+        if paces and records[-1]["step"] >= recipe.train.steps:
+            found.append(statistics.median(paces) * recipe.train.steps / 3600)
+    return round(min(found), 3) if found else None
+
+
+def _unseeded(written: str) -> list[str]:
+    return [line for line in written.splitlines() if not line.startswith("seed:")]

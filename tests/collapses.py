@@ -73,19 +73,19 @@ def train(name: str, parent: Path, steps: int) -> None:
 
 def table() -> str:
     """Per run: the first step at which the verdict was not healthy, its words; the first at which the loss was out."""
-    healthy = [curves_of(PLACE / name / "metrics.jsonl", 10**6)["train/dmd"] for name in HEALTHY]
-    band = band_of(healthy)
+    healthy = [curves_of(PLACE / name / "metrics.jsonl", 10**6).get("train/dmd", {}) for name in HEALTHY]
+    band = band_of(healthy) if all(healthy) else {}
     lines = []
     for name in (*HEALTHY, *COLLAPSES):
         folder = PLACE / name
         if not (folder / "metrics.jsonl").is_file():
             continue
         said = re.findall(r"step (\d+): ((?:watch|STOP): .*)", (folder / "log.txt").read_text(encoding="utf-8"))
-        curve = curves_of(folder / "metrics.jsonl", 10**6)["train/dmd"]
+        curve = curves_of(folder / "metrics.jsonl", 10**6).get("train/dmd", {})  # nothing before the first update
         out = [step for step, value in curve.items() if step in band and not band[step][1] <= value <= band[step][2]]
         named = f"step {said[0][0]}: {said[0][1]}" if said else "healthy throughout"
         lines.append(
-            f"{name:13} {named:90} loss outside: {f'step {out[0]}' if out else f'never in {max(curve)} steps'}"
+            f"{name:13} {named:90} loss outside: {f'step {out[0]}' if out else f'never in {max(curve, default=0)} steps'}"
         )
     return "\n".join(lines)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,3 +134,16 @@ def test_a_flow_map_begins_with_weights_that_know_none_and_streams_with_any_numb
     )
     with pytest.raises(UserError, match="do not fit the recipe's model"):
         pipeline.train_stage(Options(run="plain", overrides=SHORT, parent="runs/flow/stage1"), "stage2")
+
+
+def test_the_seconds_of_a_stage_add_up_over_resumes_and_begin_at_nothing_with_it() -> None:
+    timed, kept = Options(run="timed", overrides=SHORT[:3]), Path("runs/timed/timings.json")
+    with pytest.raises(UserError, match="Stopped and saved at step 1"):
+        pipeline.train_stage(timed, "teacher", until=1)
+    kept.write_text(json.dumps({"teacher": 1000.0, "evaluation": 5.0}))
+    pipeline.train_stage(timed, "teacher")
+    assert json.loads(kept.read_text())["teacher"] > 1000
+    shutil.rmtree("runs/timed/teacher")
+    pipeline.train_stage(timed, "teacher")
+    again = json.loads(kept.read_text())
+    assert 0 < again["teacher"] < 1000 and again["evaluation"] == 5

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distill import prices
-from distill.config import load
+from distill.config import load, to_yaml
 from distill.engine.config import EngineConfig
 from distill.listing import recipes
 from distill.options import Options
@@ -36,20 +36,32 @@ def test_the_smallest_offer_that_holds_the_recipe_is_taken():
         assert not plan(setting, memory * GB).fits
 
 
-def test_hours_on_a_cpu_are_those_of_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_hours_on_a_cpu_are_those_of_the_fastest_whole_run_of_just_this_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(prices, "RUNS", tmp_path)
-    for run, last, pace in (("whole", 20, 0.5), ("stopped", 10, 9.0)):
+    path = Path("recipes/tiny/stage1_ode.yaml")
+    recipe = load(path)
+    steps = recipe.train.steps
+    cells = (
+        ("whole", steps, 0.5, ()),
+        ("grid/whole-seed1", steps, 0.4, ("seed=1",)),
+        ("beside_others", steps, 0.9, ()),
+        ("stopped", steps - 1, 0.1, ()),
+        ("changed", steps, 0.1, ("optimizer.lr=1e-5",)),
+    )
+    for run, last, pace, changes in cells:
         folder = tmp_path / run / "stage1"
         folder.mkdir(parents=True)
-        (folder / prices.RESOLVED).write_text("name: mine\ntrain: {steps: 20}\n")
+        (folder / prices.RESOLVED).write_text(to_yaml(load(path, changes)))
         records = [
             {"step": 0, "health/sync": 1.0},
             {"step": 10, "perf/step_s": pace},
             {"step": last, "perf/step_s": pace},
         ]
         (folder / "metrics.jsonl").write_text("\n".join(json.dumps(record) for record in records))
-    assert prices._measured("mine", 20) == pytest.approx(0.5 * 20 / 3600, abs=1e-3)
-    assert prices._measured("mine", 30) is None and prices._measured("other", 20) is None
+    assert prices._measured(recipe) == pytest.approx(0.4 * steps / 3600, abs=1e-3)
+    assert prices._measured(load(path, ("train.steps=9999",))) is None
 
 
 def test_a_price_of_another_version_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
