@@ -320,7 +320,7 @@ def _next(stage: str) -> str:
 
 @contextmanager
 def _timed(options: Options, part: str, goes_on: bool = True) -> Iterator[None]:
-    """Add the seconds of a part to runs/<run>/timings.json; a part that does not go on, but begins anew, starts at 0."""
+    """Add the seconds of a part to runs/<run>/timings.json; one that begins anew (`goes_on` false) starts at 0."""
     began = time.perf_counter()
     try:
         yield

@@ -84,9 +84,8 @@ def table() -> str:
         curve = curves_of(folder / "metrics.jsonl", 10**6).get("train/dmd", {})  # nothing before the first update
         out = [step for step, value in curve.items() if step in band and not band[step][1] <= value <= band[step][2]]
         named = f"step {said[0][0]}: {said[0][1]}" if said else "healthy throughout"
-        lines.append(
-            f"{name:13} {named:90} loss outside: {f'step {out[0]}' if out else f'never in {max(curve, default=0)} steps'}"
-        )
+        left = f"step {out[0]}" if out else f"never in {max(curve, default=0)} steps"
+        lines.append(f"{name:13} {named:90} loss outside: {left}")
     return "\n".join(lines)
 
 
