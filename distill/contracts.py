@@ -55,6 +55,7 @@ class Roll:
     target: what x0 should have been, where that is known. real: the data's clip under the same conditions. age [T]:
     chunk number of every frame since its stream began. time: that of the evaluation which made x0. first [B, K, ...]:
     the first chunk of the stream, of which x0 is a later part. replay: where x0 is a leaf, the rest of the way back.
+    identity [B]: who they are; the batch's characters where the rollout does not say.
     """
 
     x0: Tensor
@@ -66,6 +67,7 @@ class Roll:
     first: Tensor | None = None
     replay: Replay | None = None
     clip: Clip | None = None  # the batch's, where it is not `real` under `cond`
+    identity: Tensor | None = None
     logs: dict[str, Tensor] = field(default_factory=dict)
 
     def data(self) -> Clip:

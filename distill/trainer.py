@@ -210,7 +210,8 @@ class Trainer:
         spec = self.recipe.rollout
         assert spec is not None and self.rollout is not None
         with torch.set_grad_enabled(phase.update != "critic"):
-            return self.rollout(batch, roles, spec.config)
+            roll = self.rollout(batch, roles, spec.config)
+        return roll if roll.identity is not None else replace(roll, identity=batch.identity)
 
     def loss(self, roll: Roll, roles: Roles, phase: Phase, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the phase's terms, and every part of it under the name it has in the curves."""

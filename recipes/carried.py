@@ -3,7 +3,8 @@
 One stream per micro-step, shared by the phases: the critic sees the same ages as the student. Keys and values of the
 references are not kept: they are made again, with the weights of the day, as those of a saved session are.
 
-`Carried` <-> roles.carried: {"0.refs": [B, R, C, H, W], "0.sink.<step>.<chunk>.<layer>.k": [B, K*n, D], ...}
+`Carried` <-> roles.carried: {"0.identity": [B], "0.refs": [B, R, C, H, W], ...
+                             "0.sink.<step>.<chunk>.<layer>.k": [B, K*n, D], ...}
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from student.kv_cache import ChunkKV, KVCache
 from teacher.attention import KV
 
 PLACES = ("sink", "window")
-WHO = ("refs", "ref_mask", "speak", "listen", "first")
+WHO = ("identity", "refs", "ref_mask", "speak", "listen", "first")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Carried:
     """A stream between two updates."""
 
     cache: KVCache
+    identity: Tensor  # [B]
     refs: Tensor  # of its character, [B, R, C, H, W]
     ref_mask: Tensor
     speak: Tensor | None  # the last audio features heard, [B, A, M]; None before any
@@ -56,7 +58,7 @@ def take(roles: Roles, batch: Batch, student: CausalDiT, oldest: int) -> Carried
     """This micro-step's stream; None where there is none of this size, or it has seen more than `oldest` chunks."""
     prefix = _prefix(roles)
     stored = {n.removeprefix(prefix): t for n, t in roles.carried.items() if n.startswith(prefix)}
-    if not stored or len(stored["seen"]) != len(batch) or int(stored["seen"][0]) > oldest:
+    if not {"seen", *WHO} <= stored.keys() or len(stored["seen"]) != len(batch) or int(stored["seen"][0]) > oldest:
         return None
     cond = replace(batch.cond, refs=stored["refs"], ref_mask=stored["ref_mask"])
     blank, seen = student.start(cond), int(stored["seen"][0])

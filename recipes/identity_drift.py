@@ -5,7 +5,8 @@ embedder), r_ij that to the pool of another character j of this process's batch,
 
     anchor    sum_i w_i relu(natural - s_i)                 nothing is gained above the natural same-person level
     drift     sum_i w_i relu(sg(s_first) - s_i - margin)    only chunks that fell behind the stream's first are pulled
-    contrast  sum_i w_i mean_j relu(r_ij - s_i + gap)       nobody else may be nearly as like
+    contrast  sum_i w_i mean_j relu(r_ij - s_i + gap)       nobody else (another clip of the same character is not) may
+                                                            be nearly as like
 
 All are hinges on purpose: a similarity pushed without end is bought with a frozen face. Above the time `high` of the
 evaluation that made the samples they are silent: what is still a blur has no face. A `cap` beside the weight limits the
@@ -67,7 +68,8 @@ def term(roll: Roll, roles: Roles, cfg: Config) -> Term:
     drift = (weights * (early - chunks - cfg.margin).relu()).mean()
     total = cfg.anchor * (weights * (float(embedder.natural) - chunks).relu()).mean() + cfg.drift * drift
     if cfg.contrast and len(faces) > 1:
-        total = total + cfg.contrast * contrast(faces, pool, mask, chunks, weights, size, cfg)
+        who = torch.arange(len(known), device=known.device) if roll.identity is None else roll.identity
+        total = total + cfg.contrast * contrast(faces, pool, mask, who[known], chunks, weights, size, cfg)
     return Term(total, {"similarity": likeness.mean(), "drift": drift})
 
 
@@ -80,14 +82,16 @@ def reference_similarity(faces: Tensor, pool: Tensor, mask: Tensor, temperature:
 
 
 def contrast(
-    faces: Tensor, pool: Tensor, mask: Tensor, chunks: Tensor, weights: Tensor, size: int, cfg: Config
+    faces: Tensor, pool: Tensor, mask: Tensor, who: Tensor, chunks: Tensor, weights: Tensor, size: int, cfg: Config
 ) -> Tensor:
-    """Every chunk against the pools of all other characters; faces [B, T, E], chunks [B, chunks]."""
-    hinges = []
+    """Every chunk against the pools of all other characters; faces [B, T, E], who [B], chunks [B, chunks]."""
+    hinges, others = [], []
     for shift in range(1, len(faces)):
         other = reference_similarity(faces, pool.roll(shift, 0), mask.roll(shift, 0), cfg.temperature)
-        hinges.append(weights * (per_chunk(other, size) - chunks + cfg.gap).relu())
-    return torch.stack(hinges).mean()
+        hinges.append((weights * (per_chunk(other, size) - chunks + cfg.gap).relu()).mean(-1))
+        others.append(who != who.roll(shift, 0))
+    strangers = torch.stack(others)  # [B - 1, B]
+    return (strangers * torch.stack(hinges)).sum() / strangers.sum().clamp_min(1)
 
 
 def per_chunk(values: Tensor, size: int) -> Tensor:

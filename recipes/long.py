@@ -81,7 +81,7 @@ def roll_long(batch: Batch, roles: Roles, cfg: Config) -> Roll:
             cache = _kept(remember_chunk(student, x0, cond, cache, stream.history, noise))
             first = x0 if first is None else first
             chunks.append(x0)
-        keep(roles, Carried(cache, before.refs, before.ref_mask, *_heard(told[-1]), first))
+        keep(roles, Carried(cache, before.identity, before.refs, before.ref_mask, *_heard(told[-1]), first))
     x0 = torch.cat(chunks, 1)[:, -clip:].requires_grad_(learns)
     age = torch.arange(cache.seen * size - clip, cache.seen * size, device=x0.device) // size
     scored = replace(told[-1], **_joined(told[-(clip // size) :]))
@@ -97,6 +97,7 @@ def roll_long(batch: Batch, roles: Roles, cfg: Config) -> Roll:
         first=first,
         replay=replay,
         clip=Clip(batch.latents, batch.cond),
+        identity=before.identity,
         logs=logs,
     )
 
@@ -171,7 +172,7 @@ class Replay:
 def _begin(batch: Batch, roles: Roles, student: CausalDiT, cfg: Config, noise: RowGenerator) -> Carried:
     """A stream of the batch's characters, with an empty history or with the data's own clip."""
     cond, cache, size = batch.cond, student.start(batch.cond), roles.stream.chunk_frames
-    begun = Carried(cache, cond.refs, cond.ref_mask, None, None, None)
+    begun = Carried(cache, batch.identity, cond.refs, cond.ref_mask, None, None, None)
     drawn = float(torch.rand((), generator=roles.generator("rollout/data", shared=True)))
     if batch.latents is None or drawn >= cfg.p_data:
         return begun

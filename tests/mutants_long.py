@@ -8,6 +8,7 @@ LONG: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("index == begin:", "index == begin - 1:", "replay begins early"),
         ("_run(chunk, with_refs(cache, self._refs()))", "_run(chunk, cache)", "references learn nothing"),
         ("real=real", "real=batch.latents", "another character's clip passes for real"),
+        ("identity=before.identity", "identity=batch.identity", "a stream that goes on has the batch's name"),
         ("(row - piece)", "(row + piece)", "texts of other clips than the audio's"),
     ],
     ("recipes/carried.py", "long"): [
@@ -35,6 +36,7 @@ LONG: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("recipes/identity_drift.py", "levers"): [
         ("other, size) - chunks + cfg.gap", "other, size) - chunks - cfg.gap", "contrast without its distance"),
+        ("who != who.roll(shift, 0)", "who == who.roll(shift, 0) | True", "a clip of the same character is a stranger"),
         ("roll.time > cfg.high", "roll.time < cfg.high", "identity at high noise alone"),
     ],
     ("recipes/data_forcing.py", "levers"): [

@@ -94,6 +94,36 @@ def test_contrast_pushes_only_from_those_who_are_nearly_as_like() -> None:
     assert gradient.abs().sum((2, 3, 4)).ne(0).tolist() == [[False, False, True, True], [False] * 4]
 
 
+def test_contrast_knows_two_clips_of_one_character() -> None:
+    x0, roll = pair()
+    cfg, roles = identity_drift.Config(anchor=0.0, drift=0.0, contrast=1.0), small_roles(STREAM, embedder=Compass())
+    both = identity_drift.term(roll, roles, cfg).value
+    one = identity_drift.term(replace(roll, identity=torch.tensor([5, 5])), roles, cfg).value
+    (gradient,) = torch.autograd.grad(one, x0)
+    assert one == 0 and not gradient.any()
+    named = replace(roll, identity=torch.tensor([5, 6]))
+    assert identity_drift.term(named, roles, cfg).value == both > 0
+    # A second clip of row 0's character adds pairs with the stranger, none with its own.
+    twice = replace(
+        named,
+        x0=x0[[0, 1, 0]],
+        cond=replace(conditions(4, batch=3), refs=roll.cond.refs[[0, 1, 0]]),
+        identity=torch.tensor([5, 6, 5]),
+    )
+    assert identity_drift.term(twice, roles, cfg).value.item() == pytest.approx(both.item())
+    # Whoever has no reference is left out, and the others keep their names.
+    masked = replace(twice.cond, ref_mask=torch.tensor([[False], [True], [True]]).expand_as(twice.cond.ref_mask))
+    assert identity_drift.term(replace(twice, cond=masked), roles, cfg).value.item() == pytest.approx(both.item())
+
+
+def test_the_trainer_tells_terms_who_is_who(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    trainer = make(load(tmp_path / "r.yaml"), tmp_path / "run")
+    batch = trainer.source.sample(2, trainer.roles.generator("batch"))
+    roll = trainer.roll(batch, trainer.roles, trainer.recipe.phases[1])
+    assert roll.identity is not None and torch.equal(roll.identity, batch.identity)
+
+
 def test_late_chunks_weigh_more_and_the_streams_first_chunk_is_the_measure() -> None:
     x0 = facing(0.5, 0.5, 0.5, 0.5)
     cond = replace(conditions(4, batch=1, present=(1, 0)), refs=facing(1.0, -1.0).detach())

@@ -111,12 +111,13 @@ def test_late_chunks_count_more_for_every_term_alike() -> None:
 
 def test_a_stream_goes_on_with_its_character_under_new_audio_and_text() -> None:
     roles, cfg = small_roles(STREAM), long.Config(chunks=4, grad_chunks=1, max_chunks=12)
-    batches, rolls = [clip(seed) for seed in range(4)], []
+    batches, rolls = [replace(clip(seed), identity=torch.tensor([seed, 10 + seed])) for seed in range(4)], []
     for step, batch in enumerate(batches):
         rolls.append(long.roll_long(batch, at_step(roles, step), cfg))
     firsts = [roll.first for roll in rolls]
     assert [int(roll.age[-1]) for roll in rolls if roll.age is not None] == [3, 7, 11, 3]  # then it began anew
     for roll, batch, owner in zip(rolls, batches, (0, 0, 0, 3), strict=True):
+        assert roll.identity is not None and torch.equal(roll.identity, batches[owner].identity)
         assert torch.equal(roll.cond.refs, batches[owner].cond.refs) and torch.equal(roll.cond.text, batch.cond.text)
         assert torch.equal(roll.cond.speak[:, HEARD:], batch.cond.speak[:, HEARD:])
         assert roll.cond.num_frames == 4 and (roll.real is None) == (roll is rolls[1] or roll is rolls[2])
@@ -258,6 +259,15 @@ def test_resume_in_mid_stream_is_bitwise(tmp_path: Path) -> None:
         assert a.keys() == b.keys() and [key for key in a if not torch.equal(a[key], b[key])] == [], name
     seen = checkpoint.load(whole, "carried")["1.seen"]
     assert seen.tolist()[0] in (3 * 9, 3 * 9 + 2)  # nine rollouts of three chunks, with or without the data's clip
+
+
+def test_a_stream_without_a_name_is_begun_anew() -> None:
+    """Checkpoints written before streams carried who they are."""
+    roles, cfg = small_roles(STREAM), long.Config(chunks=2, grad_chunks=1)
+    long.roll_long(clip(), roles, cfg)
+    assert long.take(roles, clip(), roles.causal("student"), 60) is not None
+    del roles.carried["0.identity"]
+    assert long.take(roles, clip(), roles.causal("student"), 60) is None
 
 
 def test_a_batch_of_another_size_begins_new_streams() -> None:
