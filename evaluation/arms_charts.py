@@ -62,10 +62,10 @@ def long_lines(arms: Sequence[Arm]) -> list[Chart]:
     out = []
     for measure, title in LONG.items():
         lines = []
-        for arm in (arm for arm in arms if arm.long):
+        for place, arm in ((place, arm) for place, arm in enumerate(arms) if arm.long):
             curves = [told["rows"][told["subject"]]["curves"][measure] for told in arm.long]
             means = [sum(points) / len(points) for points in zip(*(c["mean"] for c in curves), strict=False)]
-            lines.append(Series(arm.name, curves[0]["minutes"][: len(means)], means))
+            lines.append(Series(arm.name, curves[0]["minutes"][: len(means)], means, place=place))
         if lines:
             out.append(Chart(title, "minutes of stream", "", lines))
     return out
@@ -81,15 +81,15 @@ STATES = ("minutes_speak", "minutes_listen", "minutes_silence")
 
 def frontiers(arms: Sequence[Arm]) -> str:
     """Identity against motion as cards, an arm a point: who holds the face by standing still lies to the left."""
-    measured = [arm for arm in arms if all(key in arm.values for key in (*FRONTIERS, *STATES))]
+    measured = [(i, arm) for i, arm in enumerate(arms) if all(key in arm.values for key in (*FRONTIERS, *STATES))]
     cards = []
     for key in FRONTIERS if len(measured) > 1 else ():
         points = []
-        for arm in measured:
+        for place, arm in measured:
             moving = torch.stack([arm.values[state] for state in STATES]).mean(0)
             x = summary(replace(arm, values={STATES[0]: moving}), BY_KEY[STATES[0]], torch.empty(0))
             y = summary(arm, BY_KEY[key], torch.empty(0))
-            points.append(Point(arm.name, x["mean"], y["mean"], x["se"], y["se"]))
+            points.append(Point(arm.name, x["mean"], y["mean"], x["se"], y["se"], place))
         drawing = scatter(points, "motion over the data's, mean of the states", BY_KEY[key].label, (1.0, 0.0))
         cards.append(f'<div class="card"><h3>{BY_KEY[key].label} against motion</h3>{drawing}</div>')
     return "".join(cards)

@@ -12,11 +12,13 @@ STYLE = """
 :root { color-scheme: light dark;
   --paper:#faf9f6; --card:#ffffff; --ink:#1c1c1e; --quiet:#66666c; --line:#e3e1da; --soft:#f1efe8;
   --good:#1a7f4b; --good-soft:#e4f4ea; --bad:#b3361e; --bad-soft:#fbe9e4; --accent:#2f5fd0;
-  --c0:#2f5fd0; --c1:#d9662c; --c2:#1a7f4b; --c3:#8a4fc7; --c4:#b8872b; --c5:#2a93a5; }
+  --c0:#2f5fd0; --c1:#d9662c; --c2:#1a7f4b; --c3:#8a4fc7; --c4:#b8872b; --c5:#2a93a5;
+  --c6:#c2407f; --c7:#6d7020; }
 @media (prefers-color-scheme: dark) { :root {
   --paper:#141416; --card:#1d1d20; --ink:#ececea; --quiet:#a0a0a6; --line:#333338; --soft:#26262a;
   --good:#5fce92; --good-soft:#183326; --bad:#ff8f73; --bad-soft:#3b211b; --accent:#8fb0ff;
-  --c0:#8fb0ff; --c1:#ff9d66; --c2:#5fce92; --c3:#c79bff; --c4:#e3bb62; --c5:#6fd0e0; } }
+  --c0:#8fb0ff; --c1:#ff9d66; --c2:#5fce92; --c3:#c79bff; --c4:#e3bb62; --c5:#6fd0e0;
+  --c6:#ff9cc7; --c7:#c5c96b; } }
 * { box-sizing: border-box }
 body { margin:0; background:var(--paper); color:var(--ink);
   font:16px/1.55 -apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;

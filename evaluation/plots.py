@@ -16,7 +16,7 @@ from evaluation.page import STYLE
 WIDTH, HEIGHT = 400, 220
 DOT_WIDTH, TREE_WIDTH = 364, 600
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 38
-COLORS = 6  # --c0 ... --c5 of the page
+COLORS = 8  # --c0 ... --c7 of the page
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,14 @@ class Dot:
 
 @dataclass(frozen=True)
 class Point:
-    """One arm of a scatter plot, with standard errors."""
+    """One arm of a scatter plot, with standard errors; `place` as a Series has it."""
 
     name: str
     x: float
     y: float
     x_se: float | None = None
     y_se: float | None = None
+    place: int | None = None
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,8 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str, ideal: tuple[fl
         out.append(f'<text class="tick" x="{px(x):.1f}" y="{low + 17}" text-anchor="middle">{number(x, xt)}</text>')
     out.append(f'<line class="ideal" x1="{px(ideal[0]):.1f}" x2="{px(ideal[0]):.1f}" y1="{TOP}" y2="{low}"/>')
     out.append(f'<line class="ideal" x1="{LEFT}" x2="{right}" y1="{py(ideal[1]):.1f}" y2="{py(ideal[1]):.1f}"/>')
-    for i, point in enumerate(known):
+    placed = [(i if point.place is None else point.place, point) for i, point in enumerate(known)]
+    for i, point in placed:
         x, y, color = px(point.x), py(point.y), f"var(--c{i % COLORS})"
         x1, x2 = px(point.x - (point.x_se or 0)), px(point.x + (point.x_se or 0))
         y1, y2 = py(point.y - (point.y_se or 0)), py(point.y + (point.y_se or 0))
@@ -184,9 +186,7 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str, ideal: tuple[fl
         out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}">{name}</circle>')
     middle = LEFT + (WIDTH - LEFT - RIGHT) / 2
     out.append(f'<text class="axis" x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text></svg>')
-    keys = "".join(
-        f'<span><i style="background:var(--c{i % COLORS})"></i>{escape(p.name)}</span>' for i, p in enumerate(known)
-    )
+    keys = "".join(f'<span><i style="background:var(--c{i % COLORS})"></i>{escape(p.name)}</span>' for i, p in placed)
     return "".join(out) + f'<div class="legend">{keys}</div>'
 
 

@@ -324,6 +324,8 @@ def test_compared_arms_show_their_minutes_over_each_other():
     assert len(charts) == len(LONG)
     assert [(line.name, line.y) for line in charts[0].series] == [("a", [2.0, 3.0]), ("b", [5.0, 6.0])]
     assert long_lines([Arm("without", (0,), {})]) == []
+    late = long_lines([arms[0], Arm("without", (0, 1), {}), arms[1]])
+    assert [line.place for line in late[0].series] == [0, 2]  # an arm has its color whoever has no minutes
 
 
 def test_a_slope_is_surely_seen_and_shuffled_time_hardly_ever_shows_one():

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,8 @@ def test_the_page_the_table_and_the_figures_hold_the_minutes() -> None:
     for metric in MINUTES:
         assert metric.label in text and metric.label in table and metric.key in facts["arms"]["other"]["metrics"]
     assert "identity slope / min against motion" in text and text.count("<circle") >= 4
+    third = html(replace(comparison, arms=[arms[0], Arm("without", (0, 1, 2), {}), arms[1]]))
+    assert 'fill="var(--c2)"><title>other' in third and 'fill="var(--c1)"><title>' not in third  # its own color
     alone = html(Comparison("One", [arms[0], Arm("without", (0, 1, 2), {})], "base", torch.arange(24), {}))
     assert "against motion" not in alone  # one point is no frontier
 
