@@ -1,10 +1,11 @@
 """Distribution matching weighted by a reward that is never differentiated (DynaForcing, https://arxiv.org/abs/2608.17707).
 
-    g = exp(beta R(x0)) * g_dmd        per clip; R of the samples as they are
+    g = exp(beta (R(x0) - baseline)) * g_dmd        per clip; R of the samples as they are
 
 Clips that are good pull harder, so that the student moves towards its better samples, and no reward can be climbed by
-a trick of the pixels. Rewards: `identity` is the likeness to the references (the baseline without backpropagation for
-recipes/identity_drift.py), `motion` the mean step from frame to frame relative to the spread of the clip, or any
+a trick of the pixels. A clip of reward `baseline` weighs 1: near what clips have, it keeps the gradient at the size of
+DMD's whatever beta is. Rewards: `identity` is the likeness to the references (what recipes/identity_drift.py is with
+backpropagation), `motion` the mean step from frame to frame relative to the spread of the clip, or any
 "package.module:function" of (roll, roles) -> [B].
 """
 
@@ -26,6 +27,7 @@ from recipes.identity_drift import reference_similarity
 @dataclass(frozen=True)
 class Config(dmd.Config):
     beta: float = 1.0
+    baseline: float = 0.0
     reward: str = "identity"
     face: Face = field(default_factory=Face)  # of the reward identity
 
@@ -39,7 +41,7 @@ def term(roll: Roll, roles: Roles, cfg: Config) -> Term:
     """The surrogate of recipes/dmd.py for the weighted gradient."""
     with torch.no_grad():
         reward = reward_of(roll, roles, cfg)
-        weight = (cfg.beta * reward).exp()
+        weight = (cfg.beta * (reward - cfg.baseline)).exp()
         gradient = weight[:, None, None, None, None] * dmd.dmd_gradient(roll.x0.detach(), roll, roles, cfg)
     found = dmd.surrogate(roll.x0, gradient)
     return Term(found.value, {**found.logs, "reward": reward.mean(), "weight": weight.mean()})

@@ -42,6 +42,9 @@ LONG: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("recipes/data_forcing.py", "levers"): [
         ("x0_from_v(yt, ", "x0_from_v(xt, ", "the teacher is asked at the sample"),
     ],
+    ("recipes/reward_dmd.py", "levers"): [
+        ("reward - cfg.baseline", "reward + cfg.baseline", "a baseline that adds to the reward"),
+    ],
     ("recipes/recover.py", "levers"): [
         ("index = begin + cfg.chunks + 1", "index = begin + cfg.chunks", "a chunk that was made already is the aim"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -221,6 +222,9 @@ def test_a_reward_scales_the_gradient_of_its_clip_and_is_never_differentiated() 
     found = torch.autograd.grad(reward_dmd.term(roll, roles, cfg).value, x0)[0]
     own = torch.tensor([(0.9 + 0.6) / 2, (1 - 0.04) ** 0.5], dtype=torch.float64)
     torch.testing.assert_close(found, plain * (2 * own).exp()[:, None, None, None, None])
+    level = torch.autograd.grad(reward_dmd.term(roll, roles, replace(cfg, baseline=0.75)).value, x0)[0]
+    torch.testing.assert_close(level[0], plain[0])  # a clip of the baseline's reward is DMD's
+    torch.testing.assert_close(level, found / math.exp(2 * 0.75))
     still = torch.ones(1, 4, 4, 4, 4).cumsum(-1)
     assert reward_dmd.motion(Roll(still, roll.cond), roles, cfg).item() == 0
     with pytest.raises(ValueError, match="package.module:function"):
