@@ -157,21 +157,27 @@ def newest_stage(run: str) -> Path:
 
 
 def diff(options: Options) -> str:
-    """Key by key what differs between two manifests: recipe, parent, data, code, environment, metrics."""
+    """Key by key what differs between two manifests: the recipe first, what came of it, the metrics, last."""
     first, second = options.own.get("a"), options.own.get("b")
     if not first or not second:
         raise UserError("Two checkpoints are compared: give A=path B=path.")
     one, other = lineage.read(first), lineage.read(second)
     here, there = flatten(one.data), flatten(other.data)
     # File hashes and what follows from the rest would bury the causes.
-    keys = [key for key in sorted({**here, **there}) if not key.startswith(("files.", "recipe_sha256"))]
+    keys = {key for key in {**here, **there} if not key.startswith(("files.", "recipe_sha256"))}
     lines = [
-        f"  {key}: {here.get(key, 'absent')} -> {there.get(key, 'absent')}"
-        for key in keys
+        f"  {key}: {' -> '.join(_told(here.get(key, 'absent'), there.get(key, 'absent')))}"
+        for key in sorted(keys, key=lambda key: (not key.startswith("recipe."), key.startswith("metrics."), key))
         if here.get(key, ...) != there.get(key, ...)
     ]
     title = f"{one.path} ({one.hash[:12]}) -> {other.path} ({other.hash[:12]})"
     return "\n".join([title, *(lines or ["  nothing differs"])])
+
+
+def _told(one: Any, other: Any) -> tuple[str, str]:
+    """Two values that differ; long fractions only as long as it takes to see that they do."""
+    short = tuple(f"{value:.4g}" if isinstance(value, float) else str(value) for value in (one, other))
+    return (short[0], short[1]) if short[0] != short[1] else (str(one), str(other))
 
 
 def columns(rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:

@@ -350,3 +350,13 @@ def test_make_passes_its_variables_to_the_command_line() -> None:
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     wanted = "-m distill stage2 --recipe 'r.yaml' --parent 'p' --run 'n' --set 'a.b=1 c=2' --quick"
     assert wanted in " ".join(printed.split())
+
+
+def test_a_listing_into_a_pipe_that_closes_is_no_mistake() -> None:
+    """`make recipes | head -n 1`, where head is done before the listing is printed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "distill", "recipes"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == ExitCode.DONE and done.stderr == ""

@@ -72,11 +72,18 @@ def test_diff_names_what_differs_and_nothing_else(capsys: pytest.CaptureFixture[
     for name, rate in (("a", 1e-4), ("b", 2e-4)):
         Path(name).mkdir()
         recipe = {"optimizer": {"lr": rate}, "phases": [{"update": "student"}], "seed": 0}
-        manifest = {"stage": "stage1", "step": 5, "recipe": recipe, "files": [{"sha256": name}]}
+        metrics = {"health/sync": 0.91234567 + rate, "health/text": 0.5 + 1e-9 * rate}
+        manifest = {"stage": "stage1", "step": 5, "recipe": recipe, "files": [{"sha256": name}], "metrics": metrics}
+        manifest |= {"environment": {"host": name}}
         (Path(name) / "manifest.json").write_text(json.dumps(manifest))
     assert cli.main(["diff", "--a", "a", "--b", "b"]) == ExitCode.DONE
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and lines[1].strip() == "recipe.optimizer.lr: 0.0001 -> 0.0002"
+    assert [line.strip() for line in lines[1:]] == [  # causes before what came of them
+        "recipe.optimizer.lr: 0.0001 -> 0.0002",
+        "environment.host: a -> b",
+        "metrics.health/sync: 0.9124 -> 0.9125",
+        f"metrics.health/text: {0.5 + 1e-13} -> {0.5 + 2e-13}",
+    ]
     assert cli.main(["diff", "--a", "a", "--b", "a"]) == ExitCode.DONE
     assert "nothing differs" in capsys.readouterr().out
     assert cli.main(["diff", "--a", "a"]) == ExitCode.USAGE and "A=path B=path" in capsys.readouterr().err
