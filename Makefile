@@ -115,8 +115,8 @@ ablate: $(VENV)/.installed ## train and score the cells of GRID=recipes/ablation
 	@$(RUN_IT) ablate --grid '$(GRID)' --jobs '$(JOBS)' --dry '$(DRY)' --seeds '$(SEEDS)' --name '$(RUN)' \
 	  $(if $(PARENT),--parent '$(PARENT)') $(if $(SET),--set '$(SET)') $(filter --quick --smoke,$(ARGS))
 
-score: $(VENV)/.installed ## measure the last stage of RUN= alone, for make compare
-	@$(RUN_IT) score $(ARGS)
+score: $(VENV)/.installed ## measure the last stage of RUN=, or STAGE=, alone, for make compare
+	@$(RUN_IT) score $(ARGS) --stage '$(STAGE)'
 
 compare: $(VENV)/.installed ## one page that holds RUNS="grid" or RUNS="a b" side by side (BASELINE=arm, OUT=folder)
 	@$(RUN_IT) compare --runs '$(RUNS)' --baseline '$(BASELINE)' --out '$(OUT)'

@@ -25,6 +25,7 @@ def ablate(options: Options) -> str:
     """Run the grid GRID=; with DRY=1 only say what would run."""
     if not options.own.get("grid"):
         raise UserError("No grid was named: give GRID=recipes/ablations/stage1_losses.yaml.")
+    _there(Path(options.own["grid"]))
     path, count = Path(options.own["grid"]), _count(options.own.get("jobs", ""))
     asked = Choice(
         options.own.get("name", ""), options.variant, options.overrides, _seeds(options), options.parent or ""
@@ -52,6 +53,14 @@ def ablate(options: Options) -> str:
     if done < len(told):
         raise UserError(f"{text} The same command tries the failed ones again.")
     return text
+
+
+def _there(path: Path) -> None:
+    """UserError where no file is, with the grids that there are."""
+    if not path.is_file():
+        found = sorted(Path("recipes/ablations").glob("*.yaml"))
+        shipped = ", ".join(grid.name for grid in found if not grid.stem.startswith("base"))
+        raise UserError(f"There is no grid {path}: recipes/ablations/ holds {shipped or 'none'}.")
 
 
 def describe(found: Plan, count: int = 1) -> str:

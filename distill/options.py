@@ -39,6 +39,8 @@ class Options:
             return self.recipe
         if self.several:
             return default_recipe(stage, self.scale)
+        if given is None:
+            raise UserError(f"{self.recipe} names no stage, other recipes extend it: give another RECIPE.")
         raise UserError(f"{self.recipe} is a recipe of stage '{given}' but {stage} was asked for: give another RECIPE.")
 
     def load(self, stage: str) -> Recipe:

@@ -27,6 +27,9 @@ def score(options: Options) -> str:
     """Measure the last finished stage of RUN=, or --stage."""
     folder = existing_run(options.run)
     stage = options.own.get("stage") or last_stage(folder)
+    if stage not in STUDENTS or not (folder / stage / RESOLVED).is_file():
+        there = [name for name in STUDENTS if (folder / name / RESOLVED).is_file()]
+        raise UserError(f"{folder} has no stage '{stage}' to score: STAGE is one of {', '.join(there) or 'none yet'}.")
     recipe = load(folder / stage / RESOLVED, options.overrides)
     bench = Bench(Path(recipe.data.path), recipe.evaluation or BenchConfig(), folder / "report" / "rows")
     source, nets = students(folder, stage, recipe)

@@ -352,6 +352,22 @@ def test_make_passes_its_variables_to_the_command_line() -> None:
     assert wanted in " ".join(printed.split())
 
 
+def test_what_is_asked_for_and_not_there_is_named_with_what_is(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, text in (("recipes/tiny/base.yaml", "scale: tiny"), ("runs/a/stage1/config.resolved.yaml", "")):
+        Path(name).parent.mkdir(parents=True)
+        Path(name).write_text(text)
+    Path("recipes/ablations").mkdir()
+    for name in ("base", "history"):
+        Path(f"recipes/ablations/{name}.yaml").touch()
+    for command, told in (
+        ("stage2 --recipe recipes/tiny/base.yaml", "names no stage, other recipes extend it"),
+        ("score --run a --stage stage2", "runs/a has no stage 'stage2' to score: STAGE is one of stage1."),
+        ("ablate --grid histry.yaml", "There is no grid histry.yaml: recipes/ablations/ holds history.yaml."),
+    ):
+        assert cli.main(command.split()) == ExitCode.USAGE
+        assert told in capsys.readouterr().err
+
+
 def test_a_listing_into_a_pipe_that_closes_is_no_mistake() -> None:
     """`make recipes | head -n 1`, where head is done before the listing is printed."""
     reader, writer = os.pipe()
