@@ -5,8 +5,8 @@ embedder), r_ij that to the pool of another character j of this process's batch,
 
     anchor    sum_i w_i relu(natural - s_i)                 nothing is gained above the natural same-person level
     drift     sum_i w_i relu(sg(s_first) - s_i - margin)    only chunks that fell behind the stream's first are pulled
-    contrast  sum_i w_i mean_j relu(r_ij - s_i + gap)       nobody else (another clip of the same character is not) may
-                                                            be nearly as like
+    contrast  sum_i w_i mean_j relu(r_ij - s_i + gap)       nobody else may be nearly as like; another clip of the
+                                                            same character is nobody else
 
 All are hinges on purpose: a similarity pushed without end is bought with a frozen face. Above the time `high` of the
 evaluation that made the samples they are silent: what is still a blur has no face. A `cap` beside the weight limits the
