@@ -71,7 +71,7 @@ def test_the_trainer_caps_whatever_the_order_of_the_terms(tmp_path: Path) -> Non
         alone = torch.autograd.grad(dmd.term(roll, roles, dmd.Config()).value, roll.x0, retain_graph=True)[0]
         assert (whole - alone).norm() == pytest.approx(0.1 * float(alone.norm()), rel=1e-3)
         assert {"train/latent_statistics_cosine", "train/latent_statistics_scale"} <= logs.keys()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
