@@ -25,8 +25,8 @@ def ablate(options: Options) -> str:
     """Run the grid GRID=; with DRY=1 only say what would run."""
     if not options.own.get("grid"):
         raise UserError("No grid was named: give GRID=recipes/ablations/stage1_losses.yaml.")
-    _there(Path(options.own["grid"]))
     path, count = Path(options.own["grid"]), _count(options.own.get("jobs", ""))
+    _there(path)
     asked = Choice(
         options.own.get("name", ""), options.variant, options.overrides, _seeds(options), options.parent or ""
     )

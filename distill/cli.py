@@ -240,12 +240,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
         return ExitCode.INTERRUPTED
-    except BrokenPipeError:
-        if not COMMANDS[parsed.command].quiet:
-            raise
-        # Whoever read the listing has seen enough: `make runs | head`. What is left goes nowhere, at exit too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitCode.DONE
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -269,7 +263,10 @@ def _run(command: Command, name: str, options: Options) -> int:
     module, _, function = command.function.partition(":")
     result = getattr(importlib.import_module(module), function)(options, *command.arguments)
     if isinstance(result, str):
-        print(result, flush=True)
+        try:
+            print(result, flush=True)
+        except BrokenPipeError:  # the work is done, and whoever reads has seen enough: `make runs | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit fails on what is left
     return result if isinstance(result, int) else ExitCode.DONE
 
 

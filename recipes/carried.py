@@ -55,7 +55,8 @@ def keep(roles: Roles, stream: Carried) -> None:
 
 
 def take(roles: Roles, batch: Batch, student: CausalDiT, oldest: int) -> Carried | None:
-    """This micro-step's stream; None where there is none of this size, or it has seen more than `oldest` chunks."""
+    """This micro-step's stream; None where there is none of this size, it has seen more than `oldest` chunks,
+    or an older checkpoint did not keep all of it."""
     prefix = _prefix(roles)
     stored = {n.removeprefix(prefix): t for n, t in roles.carried.items() if n.startswith(prefix)}
     if not {"seen", *WHO} <= stored.keys() or len(stored["seen"]) != len(batch) or int(stored["seen"][0]) > oldest:

@@ -27,7 +27,7 @@ from recipes.identity_drift import reference_similarity
 @dataclass(frozen=True)
 class Config(dmd.Config):
     beta: float = 1.0
-    baseline: float = 0.0
+    baseline: float = 0.0  # the reward of a clip that weighs 1
     reward: str = "identity"
     face: Face = field(default_factory=Face)  # of the reward identity
 
