@@ -49,7 +49,7 @@ class TrainConfig:
     steps: int = bounded(0, 0)
     batch_size: int = bounded(1, 1)
     grad_accumulation: int = bounded(1, 1)
-    clip: float = bounded(10.0, 0.0)
+    clip: float = bounded(10.0, 1e-3)  # largest norm of a gradient; 0 would not be "off", it would still all
     ema: float = bounded(0.99, 0.0, 1.0)
     ema_start: int = bounded(0, 0)
     log_every: int = bounded(10, 1)

@@ -49,6 +49,7 @@ class HealthConfig:
     rise: Pair = (2.5, 6.0)  # single steps differ by up to 3.7, each draws its times anew; at lr x30 16 times
     gradient: Pair = (0.8, 1.5)  # 0.45 at the start of stage 2
     gap: Pair = (0.4, 1.0)  # 0.05 at the start of stage 2
+    clipped: Pair = (5.0, 50.0)  # 0.03 to 0.8; a flow map that ran away 10 after 70 steps, 71 after 150
     skipped: Pair = (0.01, 0.5)
     guidance: Pair = (9.0, 15.0)  # 1.25 here, 4 at 1.3b and 17b
     # Conditions, at every step.
@@ -105,6 +106,7 @@ LIMITS = (
     Limit("rise", "health/critic_rise", 1.0, "critic loss {:.2f} times what it was"),
     Limit("gradient", "health/dmd_grad_norm", 0.0, "DMD gradient {:.2f}"),
     Limit("gap", "health/dmd_gap", 0.0, "teacher and critic differ by {:.2f}"),
+    Limit("clipped", "health/clipped", 0.0, "gradient norm {:.3g} times train.clip"),
     Limit("guidance", "health/guidance", 1.0, "guidance {:g}"),
     Limit("skipped", "health/skipped", 0.0, "{:.0%} of the updates not finite"),
     Limit("muted", "health/muted", 0.0, "{:.0%} of the clips are silent where they should sound",

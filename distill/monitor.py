@@ -118,6 +118,9 @@ class Monitor:
             self.early += (loss - self.early) / self.intervals
         elif whole and loss is not None:
             signals["health/critic_rise"] = loss / self.early
+        norms = [value for name, value in means.items() if name.startswith("optim/grad_norm_")]
+        if whole and norms:  # a single step may well jump
+            signals["health/clipped"] = max(norms) / self.recipe.train.clip
         for part in ("grad_norm", "gap"):
             found = [value for name, value in means.items() if name.endswith(f"dmd_{part}")]
             signals |= {f"health/dmd_{part}": found[0]} if found else {}

@@ -14,6 +14,7 @@ HEALTH: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("distill/monitor.py", "health"): [
         ("(batch.state == code).any(1) & quiet", "quiet", "silence where nobody speaks"),
+        ("max(norms) / self.recipe.train.clip", "min(norms)", "a gradient is held against 1, and the calmer one"),
         ("severity < self.best[1]", "severity > self.best[1]", "the worst checkpoint is kept"),
         ("        ).sqrt()\n\n    def gauges", "        )\n\n    def gauges", "size of an update squared"),
     ],

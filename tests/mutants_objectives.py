@@ -33,6 +33,7 @@ OBJECTIVES: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("recipes/flow_map.py", "flow_map"): [
         ("target = v - per_frame", "target = v + per_frame", "sign of the derivative"),
         ("(up - down)", "(2 * (up - down))", "half the derivative"),
+        ("(sizes + 1e-3)", "(sizes.mean() + 1e-3)", "all clips of a flow map have one weight"),
         (
             "with torch.no_grad():\n        v =",
             "with torch.enable_grad():\n        v =",

@@ -75,6 +75,16 @@ def test_the_exact_flow_map_satisfies_the_identity_to_the_second_order_of_the_st
     assert value(0.005, wrong=0.3, instant=1.0, to_clean=0.0) < 1e-10  # r = t: there it is the velocity, and right
 
 
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+def test_a_clip_counts_by_its_own_error_to_the_power_that_the_weight_leaves(p: float) -> None:
+    shares = {"instant": 0.0, "to_clean": 1.0}
+    roles = Roles({}, WHOLE, codec(video()), key=(0, 0, 1, 0, 0))
+    t, _ = flow_map.draw_times(512, roles, flow_map.Config(shift=1.0, **shares))
+    errors = (2 * 0.3 * t) ** 2  # .3 (t - r) is wrong in itself, and once more as the slope over t - r
+    expected = (errors / (errors + 1e-3) ** p).mean().item()
+    assert value(0.005, wrong=0.3, adaptive=p, **shares) == pytest.approx(expected, rel=1e-3)
+
+
 def test_times_are_split_between_the_velocity_the_clean_end_and_any_end() -> None:
     t, r = flow_map.draw_times(4000, small_roles(STREAM), flow_map.Config())
     assert (r <= t).all() and (t <= 1).all()

@@ -35,7 +35,7 @@ from teacher.conditions import SILENCE
 
 PLAIN = HealthConfig()
 # Small random networks are far from healthy: of their signals only the pictures are judged here.
-FAR = ", ".join(f"{name}: [90, 99]" for name in ("gap", "gradient", "update", "rise", "level"))
+FAR = ", ".join(f"{name}: [90, 99]" for name in ("gap", "gradient", "update", "rise", "level", "clipped"))
 CALM = f"health: {{stop: collapse, spread: [-9, -9], {FAR}}}\n"
 
 
@@ -129,6 +129,19 @@ def test_a_rising_critic_loss_is_held_against_what_it_was() -> None:
     levels = [judge(watcher.derived({"train/critic_flow_matching": loss}, True), PLAIN, 1).level
               for loss in (0.25, 0.15, 0.2, 0.21, 0.51, 1.3)]  # fmt: skip
     assert levels == [0, 0, 0, 0, 1, 2]
+
+
+def test_a_gradient_that_the_clipping_cuts_down_again_and_again_is_seen() -> None:
+    watcher = monitor()
+    limit = watcher.recipe.train.clip
+    say = [str(judge(watcher.derived({"optim/grad_norm_student": size * limit, "optim/grad_norm_critic": limit}, whole),
+                     PLAIN, 1)) for size, whole in ((0.8, True), (9, True), (70, True), (70, False))]  # fmt: skip
+    assert say == [
+        "healthy",
+        "watch: gradient norm 9 times train.clip",
+        "STOP: gradient norm 70 times train.clip",
+        "healthy",
+    ]
 
 
 def test_contrast_color_and_drift_of_pictures() -> None:
