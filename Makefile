@@ -68,13 +68,13 @@ trajectories: $(VENV)/.installed ## store the teacher's sampling trajectories fo
 distill: $(VENV)/.installed ## trajectories and stages 1 to 4
 	@$(RUN_IT) distill $(ARGS) $(if $(FORCE),--force '$(FORCE)')
 
-distill-stage1: $(VENV)/.installed ## causal initialization by ODE regression
+distill-stage1: $(VENV)/.installed ## causal initialization of the student, by ODE regression as shipped
 	@$(RUN_IT) stage1 $(ARGS) $(SPREAD)
 
-distill-stage2: $(VENV)/.installed ## off-policy distribution matching
+distill-stage2: $(VENV)/.installed ## distribution matching, off-policy as shipped
 	@$(RUN_IT) stage2 $(ARGS) $(SPREAD)
 
-distill-stage3: $(VENV)/.installed ## self-forcing on the student's own long rollouts
+distill-stage3: $(VENV)/.installed ## distribution matching on the student's own long rollouts, on-policy as shipped
 	@$(RUN_IT) stage3 $(ARGS) $(SPREAD)
 
 distill-stage4: $(VENV)/.installed ## the one-step refiner

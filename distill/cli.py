@@ -56,19 +56,19 @@ COMMANDS = {
     "keep": Command("put the teacher of a run where the repository keeps one", "distill.pipeline:keep"),
     "trajectories": Command("store the teacher's sampling trajectories for stage 1", "distill.pipeline:trajectories"),
     "stage1": Command(
-        "causal initialization by ODE regression on the trajectories",
+        "causal initialization of the student",
         "distill.pipeline:train_stage",
         ("stage1",),
         TRAINING,
     ),
     "stage2": Command(
-        "off-policy distribution matching on re-noised teacher latents",
+        "distribution matching, off-policy as shipped",
         "distill.pipeline:train_stage",
         ("stage2",),
         TRAINING,
     ),
     "stage3": Command(
-        "self-forcing: distribution matching on the student's own long rollouts",
+        "distribution matching, on-policy as shipped",
         "distill.pipeline:train_stage",
         ("stage3",),
         TRAINING,

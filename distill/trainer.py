@@ -95,6 +95,7 @@ class Trainer:
         self.resume()
         train, steps = self.recipe.train, self.recipe.train.steps
         self.run.say(self.setting())
+        self.run.say(self.losses())
         if self.monitor.reference.why:
             self.run.say(f"reference band: {self.monitor.reference.why}")
         saved: Path | None = None
@@ -131,6 +132,11 @@ class Trainer:
         return Tracker(
             self.run.folder, train.steps, description, self.step, train.log_every, self.run.say, self.pending
         )
+
+    def losses(self) -> str:
+        """One line: who learns from what."""
+        each = [f"{phase.update} from {' + '.join(term.name for term in phase.terms)}" for phase in self.recipe.phases]
+        return f"recipe: {self.recipe.name}, {'; '.join(each)}"
 
     def setting(self) -> str:
         """One line: what was set up, and the batch that an update sees."""
