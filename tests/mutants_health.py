@@ -19,7 +19,8 @@ HEALTH: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("        ).sqrt()\n\n    def gauges", "        )\n\n    def gauges", "size of an update squared"),
     ],
     ("distill/reference.py", "health"): [
-        ("value < known[1] - ROUNDING or ", "", "nothing is below a band"),
+        ("value < low - room or ", "", "nothing is below a band"),
+        ("room = ROUNDING + ELSEWHERE * ", "room = ROUNDING * ", "a parent is known to the last digit"),
         ("(1 + 1 / seeds)", "(1 / seeds)", "the interval of the mean instead of a run's"),
         ("if band.origin == origin:", "if True:", "bands of other data speak"),
     ],
