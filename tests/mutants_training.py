@@ -141,6 +141,8 @@ TRAINING: dict[tuple[str, str], list[tuple[str, str, str]]] = {
             "F.softplus(real).mean() + F.softplus(-fake).mean()",
             "real and fake swapped",
         ),
+        ("                start /= PACE\n", "                pass\n", "a head starts ten times too large"),
+        ("return PACE * self.out", "return self.out", "a head's last layer is as slow as the critic"),
     ],
     ("distill/roles.py", "adversarial"): [
         ('if name in own or not name.startswith("heads.")', "", "heads not asked for are loaded"),

@@ -240,8 +240,8 @@ CASES = [
         RENOISED,
         (Phase("critic", judged_by("critic")), Phase("student", judged_by("student"), every=2)),
         bound=0.04,
-        steps=800,
-        lr=1e-2,
+        steps=1600,
+        lr=2e-3,
         times=(1.0,),
     ),
     Case(

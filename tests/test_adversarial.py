@@ -59,6 +59,22 @@ def test_a_new_head_has_no_opinion() -> None:
     assert x0.grad is not None and torch.count_nonzero(x0.grad) == 0
 
 
+def test_a_head_starts_like_any_other_and_moves_faster_than_the_critic_under_one_rate() -> None:
+    torch.manual_seed(0)
+    head, tokens = adversarial.Head(32), torch.randn(2, 5, 64)
+    acting = {name: adversarial.PACE * weight.detach() for name, weight in head.named_parameters()}
+    assert acting["hidden.weight"].std().item() == pytest.approx(
+        64**-0.5 / 3**0.5, rel=0.1
+    )  # uniform in +-1/sqrt(fan in)
+    optimizer = torch.optim.Adam(head.parameters(), 1e-3)
+    head(tokens).mean().backward()
+    optimizer.step()
+    hidden = nn.functional.silu(tokens @ acting["hidden.weight"].T + acting["hidden.bias"])
+    slope = hidden.mean((0, 1)).sign()  # Adam's first step is the rate, against the sign
+    expected = -adversarial.PACE * 1e-3 * (hidden @ slope + 1)
+    torch.testing.assert_close(head(tokens), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_the_critics_side_gives_no_gradient_to_the_student_and_the_students_side_does() -> None:
     roles = adversarial_roles()
     nn.init.normal_(roles.dit("critic").get_submodule("heads.adversarial.out").weight)
