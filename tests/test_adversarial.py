@@ -63,9 +63,8 @@ def test_a_head_starts_like_any_other_and_moves_faster_than_the_critic_under_one
     torch.manual_seed(0)
     head, tokens = adversarial.Head(32), torch.randn(2, 5, 64)
     acting = {name: adversarial.PACE * weight.detach() for name, weight in head.named_parameters()}
-    assert acting["hidden.weight"].std().item() == pytest.approx(
-        64**-0.5 / 3**0.5, rel=0.1
-    )  # uniform in +-1/sqrt(fan in)
+    usual = (64 * 3) ** -0.5  # of what is uniform within +-1/sqrt(fan in)
+    assert acting["hidden.weight"].std().item() == pytest.approx(usual, rel=0.1)
     optimizer = torch.optim.Adam(head.parameters(), 1e-3)
     head(tokens).mean().backward()
     optimizer.step()

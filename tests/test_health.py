@@ -222,12 +222,8 @@ def test_a_band_holds_further_healthy_runs_and_not_others() -> None:
 def test_what_all_seeds_share_is_not_expected_to_the_last_digit_of_another_cpu() -> None:
     tag = "health/identity_of_teacher"
     band = Band(Origin("s"), 0, {tag: band_of([{0: 0.961098}] * 3)})
-    assert [bool(band.outside(0, {tag: value})) for value in (0.961104, 0.9605, 0.9575, 0.9650)] == [
-        False,
-        False,
-        True,
-        True,
-    ]
+    told = [bool(band.outside(0, {tag: value})) for value in (0.961104, 0.9605, 0.9575, 0.9650)]
+    assert told == [False, False, True, True]
 
 
 def test_bands_speak_only_where_nothing_that_matters_differs(tmp_path: Path) -> None:
