@@ -3,11 +3,13 @@ asked, so that the plan follows the code, a loss of the user's own included.
 
 A `Shadow` stands in for a DiT. Its `run` writes down a `Call`, holds the bytes that the real one would (`Meter`), and
 hands on tensors with a graph behind them: how long activations and keys live is decided by the same autograd that will
-decide it in training. Latents, noise and conditions are real and small.
+decide it in training. Heads on a network's features run as they are, on the meta device. Latents, noise and conditions
+are real and small.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -15,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
 from distill.batches import Clip, batch_like
 from distill.config import Phase, Recipe, rollout_function, term_function
@@ -32,6 +36,7 @@ from distill.costs import (
     outside_blocks,
 )
 from distill.errors import UserError
+from distill.heads import imagined_heads
 from distill.meter import Meter
 from student.causal_dit import CausalDiT
 from teacher.attention import KV, Blocks
@@ -63,9 +68,15 @@ class Shadow(DiT):
         self.calls: list[Call] = []
         self.gradients: Tensor | None = None
         self.cast: Tensor | None = None
+        self.heads = nn.ModuleDict()
 
     def get_submodule(self, target: str) -> nn.Module:
-        raise UserError(f"A loss of this recipe looks inside the {self.role} ({target}), which the plan cannot follow.")
+        try:
+            return super().get_submodule(target)
+        except AttributeError:
+            raise UserError(
+                f"A loss of this recipe looks inside the {self.role} ({target}), which the plan cannot follow."
+            ) from None
 
     def run(
         self,
@@ -169,6 +180,44 @@ class _Tail(torch.autograd.Function):
         return None, None, gradients[0]
 
 
+class ShadowHead(nn.Module):
+    """A term's head without numbers: autograd keeps what it would keep, the meter counts it, logits are zero."""
+
+    def __init__(self, head: nn.Module, meter: Meter):
+        super().__init__()
+        self.head, self.meter, self.flops = head, meter, 0.0
+        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Inputs as the network's shadow gives them -> real zeros in the shape of the head's output."""
+        features = [value.to("meta") for value in inputs]
+        with FlopCounterMode(display=False) as counted, saved_tensors_hooks(self._keep, lambda kept: kept):
+            out = self.head(*features)
+        trained = any(p.requires_grad for p in self.parameters())
+        passes = 1 + (trained + any(value.requires_grad for value in features)) * out.requires_grad
+        self.flops += passes * counted.get_total_flops()
+        return _Told.apply(out)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage, weights = tensor.untyped_storage(), {p.untyped_storage() for p in self.parameters()}
+        if storage not in self.known and storage not in weights:
+            self.known.add(storage)
+            self.meter.track(tensor, storage.nbytes(), "activations")
+        return tensor
+
+
+class _Told(torch.autograd.Function):
+    """From the meta device to numbers, zeros, and back."""
+
+    @staticmethod
+    def forward(ctx: Any, told: Tensor) -> Tensor:
+        return torch.zeros(told.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0].to("meta")
+
+
 def tail_of(net: Shadow, call: Call) -> float:
     """Bytes of the last block that only the velocity needs; checkpointing keeps none of them."""
     return 0.0 if net.config.checkpoint_blocks else kept_for_velocity(net.config, call, net.machine, net.lora)
@@ -192,14 +241,15 @@ class Paths:
 
 @dataclass(frozen=True)
 class Step:
-    """What one update of one role asks for: calls with their (forward, backward) FLOPs."""
+    """What one update of one role asks for: calls with their (forward, backward) FLOPs, and those of heads."""
 
     role: str
     calls: tuple[Call, ...]
+    heads: float = 0.0
 
     def flops(self, recipe: Recipe, executed: bool) -> float:
         """Of one micro-step. executed: with what checkpointing repeats; otherwise what the mathematics needs."""
-        total = 0.0
+        total = self.heads
         for call in self.calls:
             lora = recipe.lora.of(call.role) if recipe.lora else None
             forward, backward = flops(recipe.model, call, lora)
@@ -217,6 +267,8 @@ def shadows(recipe: Recipe, clip: Clip, machine: Machine, meter: Meter, states: 
     for role in names:
         lora = recipe.lora.of(role) if recipe.lora else None
         shadow = Shadow(model, role, machine, meter, states(role), lora)
+        if role == "critic":
+            shadow.heads.update({name: ShadowHead(head, meter) for name, head in imagined_heads(recipe).items()})
         models[role] = shadow if role in ("teacher", "critic") else CausalDiT(shadow, recipe.student)
         models[role].requires_grad_(False)
     codec = PCACodec(torch.zeros(768), torch.eye(768, model.channels), torch.ones(model.channels))
@@ -248,13 +300,20 @@ def shadow_of(model: nn.Module) -> Shadow:
     return dit
 
 
+def heads_of(model: nn.Module) -> list[ShadowHead]:
+    """What terms learn on a network's features."""
+    return [module for module in model.modules() if isinstance(module, ShadowHead)]
+
+
 def _update(recipe: Recipe, clip: Clip, roles: Roles, phase: Phase, meter: Meter) -> Step:
     """The trainer's update of one role: roll out, add up the terms, backward, step."""
     spec = recipe.rollout
     assert spec is not None
     for role, model in roles.models.items():
-        shadow_of(model).gate.requires_grad_(role == phase.update)
+        shadow_of(model).requires_grad_(role == phase.update)
         shadow_of(model).calls.clear()
+        for head in heads_of(model):
+            head.flops = 0.0
     own = shadow_of(roles.models[phase.update])
     if recipe.train.grad_accumulation > 1:  # from the second micro-step on they are there all the time
         own.gradients = meter.hold(own.state.gradients, "gradients")
@@ -272,4 +331,6 @@ def _update(recipe: Recipe, clip: Clip, roles: Roles, phase: Phase, meter: Meter
     for part in roll.again():
         part.backward()
     own.cast = own.gradients = None
-    return Step(phase.update, tuple(call for model in roles.models.values() for call in shadow_of(model).calls))
+    nets = [shadow_of(model) for model in roles.models.values()]
+    flops = sum(head.flops for net in nets for head in heads_of(net))
+    return Step(phase.update, tuple(call for net in nets for call in net.calls), flops)

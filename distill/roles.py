@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from distill import adapters
-from distill.config import Recipe, head_function
+from distill.config import Recipe
 from distill.contracts import Roles
 from distill.data import dataset
 from distill.errors import UserError
+from distill.heads import term_heads
 from distill.runs import read_status
 from distill.state import lineage
 from distill.state.lineage import Manifest
@@ -159,14 +160,6 @@ def _view(
         view = adapters.view_on(base, config, {} if fresh else tensors)
     adapters.attach(view, heads, tensors)
     return view
-
-
-def term_heads(recipe: Recipe) -> nn.ModuleDict:
-    """What terms learn for themselves on the critic's features: `head(config)` of their modules, by term."""
-    makers = {term.name: head_function(term.name, term.source) for phase in recipe.phases for term in phase.terms}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        return nn.ModuleDict({name: make(recipe.model) for name, make in makers.items() if make is not None})
 
 
 def _origin(role: str, parent: Manifest | None, teacher: Manifest) -> tuple[Manifest, str]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from distill.config import Recipe, load
 from distill.costs import Machine, adapter_parameters, block_parameters, parameters
 from distill.engine.config import EngineConfig
+from distill.heads import head_parameters
 from distill.probe import State
 from teacher.lora import LoRAConfig
 
@@ -63,7 +64,8 @@ class Setting:
     def sizes(self, role: str) -> int:
         """Parameters that learn."""
         lora = self.recipe.lora.of(role) if self.recipe.lora else None
-        return parameters(self.recipe.model) if lora is None else adapter_parameters(self.recipe.model, lora)
+        own = parameters(self.recipe.model) if lora is None else adapter_parameters(self.recipe.model, lora)
+        return own + (head_parameters(self.recipe) if role == "critic" else 0)
 
     def frozen(self) -> dict[str, int]:
         """Networks that only run: name -> parameters."""

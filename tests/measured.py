@@ -19,6 +19,7 @@ from distill.config import Recipe
 from distill.contracts import Roles
 from distill.data.batch import Batch
 from distill.engine import Engine
+from distill.heads import term_heads
 from distill.runs import StageRun
 from distill.trainer import Trainer
 from student.causal_dit import CausalDiT
@@ -57,6 +58,8 @@ def noise_roles(recipe: Recipe, source: Noise) -> Roles:
         if role != "teacher":
             dit = DiT(recipe.model) if lora is None else AdaptedDiT(teacher, lora)
             models[role] = dit if role == "critic" else CausalDiT(dit, recipe.student)
+    if heads := term_heads(recipe):
+        models["critic"].add_module("heads", heads)
     channels = recipe.model.channels
     codec = (
         small_codec() if channels == 4 else PCACodec(torch.zeros(768), torch.eye(768, channels), torch.ones(channels))

@@ -24,6 +24,9 @@ COMPARING: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("distill/data/version.py", "health"): [
         ('if key != "speech"', "", "what a CPU rounds decides which band fits"),
     ],
+    ("distill/standing.py", "memory"): [
+        ("head_parameters(self.recipe) if", "0 if", "heads weigh nothing"),
+    ],
     ("distill/standing.py", "plan"): [
         (
             'found = {} if "teacher" in self.trained else {"teacher": whole}',
@@ -32,6 +35,9 @@ COMPARING: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ),
     ],
     ("distill/probe.py", "memory"): [
+        ("            head.flops = 0.0\n", "            pass\n", "heads cost more with every draw"),
+        ("storage not in self.known and storage not in weights", "False", "heads keep nothing"),
+        ("trained + any(", "any(", "the weights of a head learn for nothing"),
         ("ctx.held = list(context)", "ctx.held = []", "checkpointing keeps no context"),
         ("own.cast = own.gradients = None", "own.cast = None", "gradients stay for ever"),
     ],

@@ -24,8 +24,8 @@ from distill.config import Recipe
 from distill.contracts import Roles
 from distill.engine import Engine
 from distill.errors import UserError
+from distill.heads import term_heads
 from distill.reference import Band, Origin, as_json, measured, settings
-from distill.roles import term_heads
 from distill.runs import StageRun, write_text
 from distill.trainer import Trainer
 from teacher.embedder import IdentityEmbedder

@@ -26,8 +26,9 @@ from distill.data.batch import Batch
 from distill.engine import Engine, load_engine, make_engine
 from distill.engine.process import told
 from distill.errors import UserError
+from distill.heads import term_heads
 from distill.launch import leave
-from distill.roles import Origin, term_heads
+from distill.roles import Origin
 from distill.runs import StageRun
 from distill.trainer import Trainer
 from student.causal_dit import CausalDiT

@@ -17,7 +17,8 @@ from torch import nn
 from distill import config
 from distill.contracts import Roles, Roll
 from distill.engine import Engine
-from distill.roles import network, term_heads
+from distill.heads import term_heads
+from distill.roles import network
 from distill.runs import StageRun
 from distill.state import checkpoint
 from distill.state.lineage import Manifest

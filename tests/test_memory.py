@@ -11,11 +11,15 @@ from measured import measured_peak
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from distill.batches import clip_of
 from distill.config import load
 from distill.costs import Call, Machine, adapter_parameters, flops, kept_per_block, parameters
+from distill.errors import UserError
 from distill.meter import Meter
 from distill.plan import plan
+from distill.probe import ShadowHead, shadows, simulate
 from distill.standing import Setting
+from recipes import adversarial
 from teacher.adapted import AdaptedDiT
 from teacher.attention import KV
 from teacher.blocks import Block
@@ -25,7 +29,13 @@ from teacher.rope import grid_positions
 
 TINY = ("model.depth=3", "train.batch_size=2", "train.grad_accumulation=1")
 MID = ("model={dim: 320, depth: 4, heads: 5, ffn_dim: 1024, channels: 32, text_dim: 64}", "train.batch_size=1")
-STAGES = {1: "stage1_ode", 2: "stage2_dmd", 3: "stage3_self_forcing"}
+STAGES = {
+    1: "stage1_ode",
+    2: "stage2_dmd",
+    3: "stage3_self_forcing",
+    "GAN": "alternatives/stage2_dmd_gan",
+    "Jensen-Shannon": "alternatives/stage2_f_distill",
+}
 
 
 @pytest.mark.parametrize(
@@ -39,10 +49,13 @@ STAGES = {1: "stage1_ode", 2: "stage2_dmd", 3: "stage3_self_forcing"}
         (3, TINY, "fp32", False),
         (3, TINY, "bf16", True),
         (3, MID, "bf16", False),
+        ("GAN", TINY, "bf16", False),
+        ("GAN", MID, "fp32", True),
+        ("Jensen-Shannon", TINY, "fp32", False),
     ],
 )
 def test_planned_memory_is_within_a_tenth_of_the_measured_peak(
-    stage: int, sizes: tuple[str, ...], precision: str, again: bool, tmp_path: Path
+    stage: int | str, sizes: tuple[str, ...], precision: str, again: bool, tmp_path: Path
 ) -> None:
     changes = (*sizes, f"train.precision={precision}", f"model.checkpoint_blocks={str(again).lower()}")
     recipe = load(f"recipes/tiny/{STAGES[stage]}.yaml", changes)
@@ -97,6 +110,43 @@ def test_flops_are_those_that_torch_counts(lora: LoRAConfig | None, inner: bool)
             loss.backward()
     call = Call("x", 2, 4, 16, 8, (24,), 3, graph=True, trained=True, inner=inner)
     assert flops(base.config, call, lora) == (forward.get_total_flops(), backward.get_total_flops())
+
+
+def test_a_head_is_planned_by_its_size_and_by_what_it_computes() -> None:
+    setting = Setting(load("recipes/tiny/alternatives/stage2_dmd_gan.yaml", TINY), cuda=False)
+    clip, dim = clip_of(setting.recipe.data), setting.recipe.model.dim
+    assert setting.sizes("critic") - setting.sizes("student") == (2 * dim + 1) * dim + dim + 1
+    tokens = 2 * clip.frames * (clip.rows // 2) * (clip.columns // 2)
+    once = 2 * tokens * (2 * dim * dim + dim)
+    critic, student = simulate(setting.recipe, clip, setting.machine, Meter(), setting.state, draws=1)
+    assert critic.heads == (1 + 1) * 3 * once  # of real and fake: forward, to the weights, to the features
+    assert student.heads == 2 * once  # it is asked, and learns nothing
+
+
+def test_a_head_keeps_the_bytes_that_autograd_keeps() -> None:
+    head, seen, meter = adversarial.head(DiTConfig(dim=24)), {}, Meter()
+    weights = {p.untyped_storage().data_ptr() for p in head.parameters()}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        seen.setdefault(t.untyped_storage().data_ptr(), (t.untyped_storage().nbytes(), t))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        head(torch.randn(2, 12, 48, requires_grad=True))
+    told = ShadowHead(head.to("meta"), meter)(torch.empty(2, 12, 48, device="meta", requires_grad=True))
+    assert told.device.type == "cpu" and not told.any() and told.shape == (2, 12)
+    real = sum(size for address, (size, _) in seen.items() if address not in weights)
+    assert meter.live["activations"] == real > 4 * 2 * 12 * 48
+    told.sum().backward()
+    del told
+    assert meter.live["activations"] == 0
+
+
+def test_a_loss_that_looks_elsewhere_inside_a_network_is_refused() -> None:
+    setting = Setting(load("recipes/tiny/stage2_dmd.yaml"))
+    roles = shadows(setting.recipe, clip_of(setting.recipe.data), setting.machine, Meter(), setting.state)
+    with pytest.raises(UserError, match=r"looks inside the critic \(blocks.0\)"):
+        roles.dit("critic").get_submodule("blocks.0")
 
 
 def test_a_meter_forgets_what_is_let_go_and_remembers_the_worst_moment() -> None:
