@@ -205,10 +205,13 @@ def headline(comparison: Comparison, contrasts: Mapping[str, Mapping[str, Contra
     rows = [row for row in ranking(comparison.arms, contrasts) if row[0] != comparison.baseline]
     ahead = [f"{name} ({better} better, {worse} worse)" for name, better, worse in rows if better > worse]
     behind = [name for name, better, worse in rows if worse > better]
+    both = [name for name, better, worse in rows if better == worse > 0]
     if ahead:
         return f"Ahead of {comparison.baseline}: {', '.join(ahead)}."
-    if behind:
-        return f"Nothing is ahead of {comparison.baseline}; behind it: {', '.join(behind)}."
+    if behind or both:
+        kinds = (("behind it", behind), ("better in as much as worse", both))
+        told = [f"{words}: {', '.join(names)}" for words, names in kinds if names]
+        return f"Nothing is ahead of {comparison.baseline}; {'; '.join(told)}."
     return f"Nothing differs from {comparison.baseline} by more than chance may do."
 
 

@@ -88,6 +88,9 @@ COMPARING: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("sums * sums.shape[1] / count", "sums / count", "people weigh too little"),
         ("p * len(known) / (len(known) - above)", "p", "p-values for one test among many"),
     ],
+    ("evaluation/arms_page.py", "arms"): [
+        ("if better == worse > 0]", "if False]", "who has a better and a worse mark does not differ"),
+    ],
     ("evaluation/arms.py", "arms"): [
         ("if not abs(entry.error) >= metric.matters or not", "if not", "marks for what nobody would notice"),
         (

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation.arms import Arm, contrast, differing, mean_curve, ranking, summary
-from evaluation.arms_page import Comparison, Reel, figures, html, markdown, write_comparison
+from evaluation.arms_page import Comparison, Reel, figures, headline, html, markdown, write_comparison
 from evaluation.crossed import adjust, by_cluster, crossed, p_value
 from evaluation.drift import Drift
 from evaluation.metrics import BY_KEY, METRICS
@@ -199,6 +199,20 @@ def test_page_table_and_figures_tell_the_same(comparison: Comparison, tmp_path: 
     assert facts["recipes"] == {"stage1.phases.0.every": {"base": 2, "same": 3, "good": 4, "bad": 5}}
     assert "train.steps" not in markdown(comparison)
     assert set(facts["arms"]["good"]["metrics"]) == set(KEYS)
+
+
+def test_the_headline_says_what_the_marks_say(arms: list[Arm]) -> None:
+    base, same, good, bad = arms
+    mixed = arm("mixed", {"motion_ratio": 0.06, "sync_corr": -0.03}, 5)
+
+    def told(*others: Arm) -> str:
+        shown = Comparison("", [base, *others], "base", CLUSTER, {})
+        return headline(shown, contrast(shown.arms, "base", CLUSTER))
+
+    assert told(same) == "Nothing differs from base by more than chance may do."
+    assert told(same, mixed) == "Nothing is ahead of base; better in as much as worse: mixed."
+    assert told(mixed, bad) == "Nothing is ahead of base; behind it: bad; better in as much as worse: mixed."
+    assert told(good, bad) == "Ahead of base: good (2 better, 0 worse)."
 
 
 def test_the_page_needs_nothing_from_outside(comparison: Comparison) -> None:
