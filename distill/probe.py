@@ -21,8 +21,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill.batches import Clip, batch_like
-from distill.config import Phase, Recipe, rollout_function, term_function
-from distill.contracts import Roles
+from distill.config import Phase, Recipe, TermSpec, rollout_function, term_function
+from distill.contracts import Roles, Roll
 from distill.costs import (
     RESIDUAL,
     Call,
@@ -188,11 +188,11 @@ class ShadowHead(nn.Module):
         self.head, self.meter, self.flops = head, meter, 0.0
         self.known: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         """Inputs as the network's shadow gives them -> real zeros in the shape of the head's output."""
-        features = [value.to("meta") for value in inputs]
+        features = [value.to("meta") for value in (*inputs, *named.values())]
         with FlopCounterMode(display=False) as counted, saved_tensors_hooks(self._keep, lambda kept: kept):
-            out = self.head(*features)
+            out = self.head(*features[: len(inputs)], **dict(zip(named, features[len(inputs) :], strict=True)))
         trained = any(p.requires_grad for p in self.parameters())
         passes = 1 + (trained + any(value.requires_grad for value in features)) * out.requires_grad
         self.flops += passes * counted.get_total_flops()
@@ -305,6 +305,19 @@ def heads_of(model: nn.Module) -> list[ShadowHead]:
     return [module for module in model.modules() if isinstance(module, ShadowHead)]
 
 
+def _followed(term: TermSpec, roll: Roll, roles: Roles) -> Tensor:
+    """The value of a term on networks without numbers; a loss may ask of them what only real ones have."""
+    try:
+        return term_function(term.name)(roll, roles, term.config).value
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"plan: the term {term.name} cannot be followed without a network's numbers ({type(error).__name__}: "
+            f"{error}); measure it instead: STATUS.json of a run with SMOKE=1 has the seconds and the peak memory."
+        ) from error
+
+
 def _update(recipe: Recipe, clip: Clip, roles: Roles, phase: Phase, meter: Meter) -> Step:
     """The trainer's update of one role: roll out, add up the terms, backward, step."""
     spec = recipe.rollout
@@ -324,7 +337,7 @@ def _update(recipe: Recipe, clip: Clip, roles: Roles, phase: Phase, meter: Meter
         roll = rollout_function(spec.kind)(batch, roles, spec.config)
     total = torch.zeros(())
     for term in phase.terms:
-        total = total + term.weight * term_function(term.name)(roll, roles, term.config).value
+        total = total + term.weight * _followed(term, roll, roles)
     if recipe.model.checkpoint_blocks:
         own.cast = None  # the backward pass makes them again, block by block
     total.backward()

@@ -38,6 +38,7 @@ COMPARING: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("            head.flops = 0.0\n", "            pass\n", "heads cost more with every draw"),
         ("storage not in self.known and storage not in weights", "False", "heads keep nothing"),
         ("trained + any(", "any(", "the weights of a head learn for nothing"),
+        ("value in (*inputs, *named.values())", "value in (*inputs, *inputs)", "a head's named inputs are lost"),
         ("ctx.held = list(context)", "ctx.held = []", "checkpointing keeps no context"),
         ("own.cast = own.gradients = None", "own.cast = None", "gradients stay for ever"),
     ],

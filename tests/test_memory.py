@@ -142,6 +142,26 @@ def test_a_head_keeps_the_bytes_that_autograd_keeps() -> None:
     assert meter.live["activations"] == 0
 
 
+def test_a_head_takes_features_by_name_and_a_loss_that_asks_it_for_more_is_told_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class ByName(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(48, 3)
+
+        def forward(self, first: torch.Tensor, *, then: torch.Tensor) -> torch.Tensor:
+            return self.layer(first) + then
+
+    head = ShadowHead(ByName().to("meta"), Meter())
+    told = head(torch.ones(2, 48), then=torch.ones(2, 3))
+    assert told.shape == (2, 3) and head.flops == 2 * 2 * 48 * 3 * 2  # forward, and to the weights
+    setting = Setting(load("recipes/tiny/alternatives/stage2_dmd_gan.yaml"))
+    monkeypatch.setattr(ShadowHead, "forward", lambda self, *_: self.score())
+    with pytest.raises(UserError, match="plan: the term adversarial cannot be followed.*score.*SMOKE=1"):
+        simulate(setting.recipe, clip_of(setting.recipe.data), setting.machine, Meter(), setting.state, draws=1)
+
+
 def test_a_loss_that_looks_elsewhere_inside_a_network_is_refused() -> None:
     setting = Setting(load("recipes/tiny/stage2_dmd.yaml"))
     roles = shadows(setting.recipe, clip_of(setting.recipe.data), setting.machine, Meter(), setting.state)
