@@ -26,6 +26,7 @@ MINUTES_OF = {  # where drift.json calls it otherwise
     "minutes_listen": "motion_listen",
     "minutes_silence": "motion_silence",
     "minutes_sync": "sync",
+    "minutes_unasked": "unasked",
     "minutes_copy": "copy",
 }
 Mark = Literal["better", "worse", "maybe better", "maybe worse", "same"]
@@ -75,9 +76,12 @@ def over_minutes(long: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     people = sorted({who for told in long for who in told["identities"]})
     out = {}
     for metric in MINUTES:
+        key = MINUTES_OF.get(metric.key, metric.key)
+        if any(key not in one["rows"][one["subject"]]["per_character"] for one in long):
+            continue  # measured before there was such a figure
         table = torch.full((len(long), len(people)), math.nan, dtype=torch.float64)
         for row, told in zip(table, long, strict=True):
-            values = told["rows"][told["subject"]]["per_character"][MINUTES_OF.get(metric.key, metric.key)]
+            values = told["rows"][told["subject"]]["per_character"][key]
             at = [people.index(who) for who in told["identities"]]
             row[at] = torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
         out[metric.key] = table

@@ -25,7 +25,7 @@ MOST_CHANGE = 0.02  # of identity between the first and the last minute; of time
 LEAST_SYNC = 0.97  # of the first minute's
 SURELY = 0.999  # level at which a control that must be flat is said to be broken: several are looked at in every run
 IDENTITIES = {"identity": "exact geometry", "judge": "second embedder"}
-AT_START_AND_END = ("identity", "judge", "residual", "sync", "nod", "color", "sharpness", "seam", "copy")
+AT_START_AND_END = ("identity", "judge", "residual", "sync", "nod", "unasked", "color", "sharpness", "seam", "copy")
 DELAYS = ("mouth_delay", "nod_delay")
 Facts = dict[str, Any]
 
@@ -87,7 +87,7 @@ def per_character(row: Measured, layout: Layout) -> Facts:
     for name, lives in row.lives.items():
         out[f"{name}_minutes"] = lives.minutes.tolist()
         out[f"{name}_failed"] = lives.failed.tolist()
-    for name in ("sync", "copy", *(f"motion_{state}" for state in STATES)):
+    for name in ("sync", "unasked", "copy", *(f"motion_{state}" for state in STATES)):
         if name in row.curves:
             out[name] = row.curves[name].nanmean(1).tolist()
     return out

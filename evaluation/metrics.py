@@ -47,6 +47,7 @@ METRICS = (
     Metric("sync_corr", "lip sync", "higher", 3, 0.005, "correlation of the mouth with the speech that drives it"),
     Metric("sync_lag_ms", "lip lag, ms", "zero", 0, 5.0, "positive: the mouth is late"),
     Metric("mouth_amplitude", "mouth range", "one", 2, 0.02, "measured over driven mouth opening"),
+    Metric("mouth_unasked", "mouth unasked", "lower", 3, 0.005, "frames far from speech whose mouth is open"),
     Metric(
         "identity_distance", "identity distance", "lower", 3, 0.005, "to the own references; characters differ by 1"
     ),
@@ -74,6 +75,7 @@ MINUTES = (  # of `make drift`, over its whole stream unless said; one value per
     Metric("minutes_listen", "motion over minutes, listening", "one", 2, 0.02, "over the data's"),
     Metric("minutes_silence", "motion over minutes, silent", "one", 2, 0.02, "over the data's"),
     Metric("minutes_sync", "sync over minutes", "higher", 3, 0.005, "correlation of mouth and speech"),
+    Metric("minutes_unasked", "mouth unasked over minutes", "lower", 3, 0.005, "frames far from speech, mouth open"),
     Metric("minutes_copy", "copies", "lower", 3, 0.01, "frames that repeat a reference or the first chunk"),
 )
 BY_KEY = {metric.key: metric for metric in (*METRICS, *MINUTES)}

@@ -21,7 +21,7 @@ from evaluation.motion import RELEVANT, STATES
 from evaluation.residual import without_confounds
 from evaluation.statistics import ratio_of_sums
 from evaluation.survival import Lifetimes, time_to_failure
-from evaluation.sync import follow
+from evaluation.sync import follow, open_unasked
 from evaluation.windows import HALF, TRACKS, Anchor, Windows
 
 CONFOUNDS = ("head_x", "head_y", "roll", "mouth", "blink")
@@ -83,6 +83,7 @@ def measure_row(windows: Windows, layout: Layout, truth: Truth) -> Measured:
     curves["residual"] = residual_curve(windows, truth.anchor, layout)
     curves |= {f"motion_{state}": curve for state, curve in motion_curves(windows, truth.data, layout).items()}
     curves |= follow_curves(windows, truth, layout)
+    curves["unasked"] = unasked_curve(windows, truth)
     curves["copy"] = (windows.nearest < copy_distance(truth.data)).double().mean(2)
     color = windows.color.double()
     curves["color"] = (color - color[:, :1]).square().mean(-1).sqrt().mean(2) * 255
@@ -159,6 +160,12 @@ def follow_curves(windows: Windows, truth: Truth, layout: Layout) -> dict[str, T
             still = found.corr.nansum() == 0  # what never moves is neither early nor late
             made[delay].append(torch.where(still, math.nan, found.lag_ms))
     return {name: torch.stack(values, 1) for name, values in made.items()}
+
+
+def unasked_curve(windows: Windows, truth: Truth) -> Tensor:
+    """Share of frames far from speech whose mouth is open [N, R], spread over characters as influence values."""
+    mouth = windows.tracks[..., TRACKS.index("mouth")]
+    return torch.stack([open_unasked(one, truth.driven_mouth) for one in mouth.unbind(1)], 1)
 
 
 def copy_distance(data: Windows) -> float:

@@ -28,7 +28,7 @@ from evaluation.identity import identity_distance, identity_top1, stills_identit
 from evaluation.motion import STATES, motion_ratios
 from evaluation.quality import seam_ratio, sharpness_ratio
 from evaluation.statistics import mean_se
-from evaluation.sync import follow
+from evaluation.sync import follow, open_unasked
 
 Values = dict[str, Tensor]  # metric -> one value per clip [N]
 
@@ -63,6 +63,7 @@ def score(frames: Tensor, truth: Truth, data: Sequence[Tracks] = ()) -> Values:
         "sync_corr": sync.corr,
         "sync_lag_ms": sync.lag_ms,
         "mouth_amplitude": sync.amplitude,
+        "mouth_unasked": open_unasked(tracks.mouth, truth.driven_mouth),
         "identity_distance": identity_distance(tracks.identity, anchor),
         "identity_top1": identity_top1(tracks.identity, anchor, truth.character),
         "text_accuracy": right.mean(1),

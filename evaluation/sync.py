@@ -1,7 +1,8 @@
 """How well, and how promptly, a measured track follows the one that the audio drives.
 
 Lip sync: mouth opening against the mouth that the *speak* audio drives, over speaking frames. Listening reaction:
-vertical head position against the nod that the *listen* audio drives, over listening frames. Correlation is
+vertical head position against the nod that the *listen* audio drives, over listening frames. Mouth unasked: open in
+frames far from anything to say, which no correlation over speaking frames sees. Correlation is
 Pearson's at lag zero, so being late costs; the lag is the peak of the cross-correlation. measured [N, F], driven
 [N, F], mask [N, F] bool -> per-clip vectors [N].
 """
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import max_pool1d
 
 from evaluation.statistics import jackknife, masked_std, ratio_of_sums
 
@@ -20,6 +22,9 @@ FPS = 24
 MAX_LAG = 10  # frames, 417 ms: beyond that a mouth reads as another sentence's
 LEAST_FRAMES = 18  # 0.75 s: a shorter stretch says little about correlation
 LEAST_DRIVE = 0.02  # spread of the driven track under which there is nothing to follow
+NOTHING_TO_SAY = 0.05  # driven mouth opening below which the audio asks for none
+AROUND = 6  # frames, 250 ms, before and after: an early or late mouth is a matter of lag
+OPEN = 0.2  # of a full opening; the widest mouth of the data far from speech has 0.1
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,16 @@ def follow(measured: Tensor, driven: Tensor, mask: Tensor, max_lag: int = MAX_LA
     lag = jackknife(lambda chosen: peak(curves[chosen].mean(0), max_lag), clips, num_clips=len(applies))
     amplitude = ratio_of_sums(torch.where(applies, answer, nan), torch.where(applies, spread, nan))
     return Following(corr=corr, lag_ms=lag * 1000.0 / FPS, amplitude=amplitude)
+
+
+def open_unasked(measured: Tensor, driven: Tensor) -> Tensor:
+    """measured, driven mouth [N, F] -> share of the frames far from speech whose mouth is open, influence values [N].
+
+    Far from speech: the drive asks for no opening within AROUND frames of F. NaN where no clip has such a frame.
+    """
+    near = max_pool1d(driven.double()[:, None], 2 * AROUND + 1, stride=1, padding=AROUND)[:, 0] > NOTHING_TO_SAY
+    opened = (measured > OPEN) & ~near
+    return ratio_of_sums(opened.sum(1), (~near).sum(1))
 
 
 def cross_correlation(measured: Tensor, driven: Tensor, mask: Tensor, max_lag: int) -> Tensor:

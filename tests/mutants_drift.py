@@ -41,6 +41,11 @@ DRIFT: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("evaluation/recurrence.py", "drift"): [
         ("piece = min(piece, track.shape[2])", "piece = track.shape[2]", "a jump from clip to clip is motion"),
         ("ours.append(a / b.mean())", "ours.append(a / a.mean())", "motion in units of its own"),
+        ("for one in mouth.unbind(1)", "for one in mouth[:, :1].unbind(1)", "the first return speaks for all"),
+    ],
+    ("evaluation/sync.py", "evaluation"): [
+        ("(measured > OPEN) & ~near", "measured > OPEN", "a speaking mouth is open unasked"),
+        ("2 * AROUND + 1, stride=1, padding=AROUND", "1, stride=1", "a late mouth is open unasked"),
     ],
     ("evaluation/windows.py", "drift"): [
         ("(start + times) % chunk_frames == 0", "times % chunk_frames == 1", "seams are looked for beside the borders"),

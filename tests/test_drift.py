@@ -34,8 +34,8 @@ from evaluation.drift_report import row_facts, shuffled_row
 from evaluation.geometry import measure
 from evaluation.identity import stills_identity
 from evaluation.judge import Judge, face_distance, prototype_loss
-from evaluation.recurrence import Layout, Measured, copy_distance, liveliness, motion_curves
-from evaluation.windows import TRACKS, Windows, border_changes
+from evaluation.recurrence import Layout, Measured, Truth, copy_distance, liveliness, motion_curves, unasked_curve
+from evaluation.windows import TRACKS, Anchor, Windows, border_changes
 from student.stream import stream
 from teacher.audio import log_mel
 from teacher.conditions import AUDIO_PER_LATENT, PAST, Conditions, encode_text
@@ -202,6 +202,19 @@ def test_a_jump_from_clip_to_clip_is_no_motion():
     assert liveliness(odd[None, None, :24], 48).item() == pytest.approx(wave[:24].std(correction=0).item(), rel=1e-6)
 
 
+def test_a_mouth_that_opens_in_one_return_is_counted_there_alone():
+    held, quiet = windows(0.0), layout().parts["silence"]
+    frames = held.tracks.shape[2]
+    held.tracks[:, 1, quiet.start : quiet.start + 6, TRACKS.index("mouth")] = 0.5
+    driven = torch.zeros(6, frames)
+    driven[:, layout().parts["speak"]] = 0.6
+    truth = Truth(driven, driven, Anchor(torch.zeros(6, 20), torch.ones(6, 4)), held, {})
+    found = unasked_curve(held, truth).mean(0)
+    far = (quiet.stop - quiet.start - 6) + (layout().parts["listen"].stop - layout().parts["listen"].start - 6)
+    assert found[1].item() == pytest.approx(6 / far)
+    assert found[[0, 2, 3]].tolist() == [0.0, 0.0, 0.0]
+
+
 def test_a_copy_is_nearer_than_the_data_ever_comes():
     data = windows(1.0)
     usual = copy_distance(data)
@@ -289,6 +302,8 @@ def test_drift_is_measured_kept_and_told(data: Data, tmp_path: Path):
     assert max(entry["mean"] for entry in frozen["motion_ratio"].values()) < 0.05
     assert frozen["identity_slope_per_min"]["mean"] == pytest.approx(0.0, abs=1e-9)
     assert frozen["copy_last_minute"]["mean"] == 1.0
+    assert again["rows"]["truth"]["unasked_last_minute"]["mean"] == 0.0
+    assert len(again["rows"]["stage3"]["per_character"]["unasked"]) == 3
     assert len(again["rows"]["stage3"]["per_character"]["identity_slope_per_min"]) == 3
     assert "frozen reference" in page(again) and "injected drift" in table(again)
     of_rows = [line for chart in drawn(again) if "Motion" not in chart.title for line in chart.series]

@@ -18,7 +18,7 @@ from evaluation.identity import identity_distance, identity_top1, reference_iden
 from evaluation.motion import motion_ratios
 from evaluation.quality import seam_ratio, sharpness_ratio
 from evaluation.statistics import exactly, jackknife, mean_se, paired_difference, ratio_of_sums
-from evaluation.sync import FPS, follow
+from evaluation.sync import AROUND, FPS, OPEN, follow, open_unasked
 
 CLIPS, FRAMES = 24, 48
 CHARACTERS = 12
@@ -135,6 +135,28 @@ def test_frames_outside_the_state_do_not_change_sync():
 
 def test_mouth_amplitude_is_the_factor_of_the_opening():
     assert mean_se(follow(0.6 * waves(), waves(), everything()).amplitude)["mean"] == pytest.approx(0.6, abs=1e-6)
+
+
+def test_a_mouth_is_open_unasked_only_far_from_speech():
+    """Speech in frames 20 to 27 of 48: the 250 ms on either side of it are left to the lag."""
+    driven, mouth = torch.zeros(2, 48), torch.zeros(2, 48)
+    driven[:, 20:28] = 0.6
+    far = 48 - (8 + 2 * AROUND)
+    mouth[:, 20 - AROUND : 28 + AROUND] = 0.9
+    assert mean_se(open_unasked(mouth, driven))["mean"] == 0.0
+    mouth[0, 2:6] = OPEN + 0.01
+    mouth[1, 28 + AROUND] = OPEN + 0.01
+    mouth[1, 40:] = OPEN - 0.01
+    assert mean_se(open_unasked(mouth, driven))["mean"] == pytest.approx(5 / (2 * far))
+
+
+def test_clips_that_speak_throughout_say_nothing_of_a_mouth_unasked():
+    driven = torch.full((3, 48), 0.6)
+    assert open_unasked(torch.ones(3, 48), driven).isnan().all()
+    driven[2] = 0.0  # one silent clip beside them: its share is the whole figure
+    mouth = torch.ones(3, 48)
+    mouth[2, :36] = 0.0
+    assert mean_se(open_unasked(mouth, driven))["mean"] == pytest.approx(0.25)
 
 
 def test_nods_buried_in_sway_still_show_their_delay():

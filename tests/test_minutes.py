@@ -21,7 +21,8 @@ from evaluation.arms_page import Comparison, figures, html, markdown
 from evaluation.crossed import crossed, effect, p_value
 from evaluation.metrics import BY_KEY, MINUTES
 
-OURS = ("identity_slope_per_min", "judge_slope_per_min", "identity_last_minute", "judge_last_minute", "sync", "copy")
+OURS = ("identity_slope_per_min", "judge_slope_per_min", "identity_last_minute", "judge_last_minute",
+        "sync", "unasked", "copy")  # fmt: skip
 STATES = ("motion_speak", "motion_listen", "motion_silence")
 
 
@@ -62,6 +63,12 @@ def test_what_minutes_show_is_paired_by_seed_and_character(shares: bool) -> None
     assert entry.mark == "worse" and entry.difference == pytest.approx(0.5, abs=0.02)
     assert entry.difference_se < 0.02 < summary(arms[0], BY_KEY["identity_slope_per_min"], torch.empty(0))["se"]
     assert {one.difference for one in found["same"].values()} == {0.0}
+
+
+def test_a_figure_that_one_seed_was_not_measured_in_is_left_out() -> None:
+    long = [told(list(range(24)), 0.0, seed) for seed in range(3)]
+    del long[1]["rows"]["stage3"]["per_character"]["unasked"]
+    assert {metric.key for metric in MINUTES} - set(over_minutes(long)) == {"minutes_unasked"}
 
 
 def test_seeds_with_characters_of_their_own_count_as_three_draws_and_no_more() -> None:
