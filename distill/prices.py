@@ -2,7 +2,8 @@
 again.
 
 Recipes for GPUs: the first of `OFFERS` that they fit on as written, by the planner (estimated). Recipes for a CPU:
-memory by the planner, hours from a run that was measured (tested). recipes/costs.json: {path: Price}
+memory by the planner, hours from a whole run of it: tested where that had all cores, estimated where it had fewer
+threads, as runs side by side have. recipes/costs.json: {path: Price}
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import json
 import statistics
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from distill.config import Recipe, load, read, to_yaml
@@ -54,13 +55,15 @@ def digest(path: Path) -> str:
 
 
 def renew(paths: list[Path]) -> None:
-    """Price recipes and write the file. Hours of what runs on a CPU come from the runs in runs/."""
-    prices = {}
+    """Price recipes and write the file. Hours of what runs on a CPU come from the runs in runs/; those on record
+    stay, if the recipe is still the same, until a run knows better."""
+    prices, before = {}, known()
     for path in progress(paths, "recipes"):
         recipe = load(path)
         if recipe.phases:
             with suppress(UserError):  # of what the planner cannot follow nothing is known beforehand
-                prices[str(path)] = asdict(price(recipe, digest(path)))
+                made = price(recipe, digest(path))
+                prices[str(path)] = asdict(_with_hours_on_record(made, before.get(str(path))))
     write_json(FILE, prices)
 
 
@@ -71,9 +74,9 @@ def price(recipe: Recipe, digest: str) -> Price:
     from distill.standing import Setting
 
     if recipe.scale in ON_CPU:
-        hours = _measured(recipe)
+        hours, tested = _measured(recipe)
         needed = plan(Setting(recipe, 1, EngineConfig(kind="plain")), 80 * GB).total / GB
-        return Price(digest, 0, 0, round(needed, 2), hours, hours is not None)
+        return Price(digest, 0, 0, round(needed, 2), hours, tested)
     for gpus, memory in OFFERS:
         made = plan(Setting(recipe, gpus, EngineConfig(kind="plain" if gpus == 1 else "fsdp2")), memory * GB)
         if made.fits:
@@ -81,10 +84,18 @@ def price(recipe: Recipe, digest: str) -> Price:
     raise UserError(f"{recipe.name} fits on none of {OFFERS} as written: see make plan for what makes it fit.")
 
 
-def _measured(recipe: Recipe) -> float | None:
-    """Hours of the fastest whole run of just this recipe, whatever its seed, in runs/, by the median of its steps: what
-    trained beside others, or with fewer threads, was no measurement of the recipe."""
-    wanted, found = _unseeded(to_yaml(recipe)), []
+def _with_hours_on_record(made: Price, kept: Price | None) -> Price:
+    """What was tested is worth more than an estimate, and that more than nothing."""
+    if kept is None or kept.recipe != made.recipe or made.tested:
+        return made
+    return replace(made, hours=kept.hours, tested=kept.tested) if kept.tested or made.hours is None else made
+
+
+def _measured(recipe: Recipe) -> tuple[float | None, bool]:
+    """Hours of the fastest whole run of just this recipe, whatever its seed, in runs/, by the median of its steps; and
+    whether it had a thread for every core: the others are asked only where no run had."""
+    wanted = _unseeded(to_yaml(recipe))
+    found: dict[bool, list[float]] = {True: [], False: []}
     for curves in RUNS.glob("**/metrics.jsonl"):
         resolved = curves.parent / RESOLVED
         if not resolved.is_file() or _unseeded(resolved.read_text(encoding="utf-8")) != wanted:
@@ -92,8 +103,11 @@ def _measured(recipe: Recipe) -> float | None:
         records = [json.loads(line) for line in curves.read_text(encoding="utf-8").splitlines()]
         paces = [record["perf/step_s"] for record in records if "perf/step_s" in record]
         if paces and records[-1]["step"] >= recipe.train.steps:
-            found.append(statistics.median(paces) * recipe.train.steps / 3600)
-    return round(min(found), 3) if found else None
+            machine = json.loads((curves.parent / "env.json").read_text(encoding="utf-8"))
+            alone = machine["threads"] >= machine["cores"]
+            found[alone].append(statistics.median(paces) * recipe.train.steps / 3600)
+    tested = bool(found[True])
+    return (round(min(found[tested]), 3) if found[tested] else None), tested
 
 
 def _unseeded(written: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,32 +37,59 @@ def test_the_smallest_offer_that_holds_the_recipe_is_taken():
         assert not plan(setting, memory * GB).fits
 
 
+ODE = Path("recipes/tiny/stage1_ode.yaml")
+STEPS = load(ODE).train.steps
+
+
+def trained(run: str, last: int, pace: float, changes: tuple[str, ...] = (), threads: int = 2) -> None:
+    """A stage 1 of two cores in runs/, as far as its price looks at it."""
+    folder = prices.RUNS / run / "stage1"
+    folder.mkdir(parents=True)
+    (folder / prices.RESOLVED).write_text(to_yaml(load(ODE, changes)))
+    (folder / "env.json").write_text(json.dumps({"cores": 2, "threads": threads}))
+    records = [
+        {"step": 0, "health/sync": 1.0},
+        {"step": 10, "perf/step_s": pace},
+        {"step": last, "perf/step_s": pace},
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+
+
 def test_hours_on_a_cpu_are_those_of_the_fastest_whole_run_of_just_this_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(prices, "RUNS", tmp_path)
-    path = Path("recipes/tiny/stage1_ode.yaml")
-    recipe = load(path)
-    steps = recipe.train.steps
-    cells = (
-        ("whole", steps, 0.5, ()),
-        ("grid/whole-seed1", steps, 0.4, ("seed=1",)),
-        ("beside_others", steps, 0.9, ()),
-        ("stopped", steps - 1, 0.1, ()),
-        ("changed", steps, 0.1, ("optimizer.lr=1e-5",)),
-    )
-    for run, last, pace, changes in cells:
-        folder = tmp_path / run / "stage1"
-        folder.mkdir(parents=True)
-        (folder / prices.RESOLVED).write_text(to_yaml(load(path, changes)))
-        records = [
-            {"step": 0, "health/sync": 1.0},
-            {"step": 10, "perf/step_s": pace},
-            {"step": last, "perf/step_s": pace},
-        ]
-        (folder / "metrics.jsonl").write_text("\n".join(json.dumps(record) for record in records))
-    assert prices._measured(recipe) == pytest.approx(0.4 * steps / 3600, abs=1e-3)
-    assert prices._measured(load(path, ("train.steps=9999",))) is None
+    trained("stopped", STEPS - 1, 0.1)
+    trained("changed", STEPS, 0.1, ("optimizer.lr=1e-5",))
+    assert prices._measured(load(ODE)) == (None, False)
+    trained("one_thread", STEPS, 0.3, threads=1)
+    trained("another_thread", STEPS, 0.35, threads=1)
+    assert prices._measured(load(ODE)) == (pytest.approx(0.3 * STEPS / 3600, abs=1e-3), False)
+    trained("whole", STEPS, 0.5)
+    trained("grid/whole-seed1", STEPS, 0.4, ("seed=1",))
+    trained("beside_others", STEPS, 0.9)
+    assert prices._measured(load(ODE)) == (pytest.approx(0.4 * STEPS / 3600, abs=1e-3), True)
+    assert prices._measured(load(ODE, ("train.steps=9999",))) == (None, False)
+
+
+def test_hours_on_record_outlive_the_runs_that_they_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(prices, "FILE", tmp_path / "costs.json")
+    monkeypatch.setattr(prices, "RUNS", tmp_path / "runs")
+    trained("whole", STEPS, 0.5)
+    prices.renew([ODE])
+    first = prices.known()[str(ODE)]
+    monkeypatch.setattr(prices, "RUNS", tmp_path / "none")
+    prices.renew([ODE])
+    assert prices.known()[str(ODE)] == first and first.tested and first.hours
+    trained("one_thread", STEPS, 0.1, threads=1)  # an estimate does not take the place of what was tested
+    prices.renew([ODE])
+    assert prices.known()[str(ODE)] == first
+    shutil.rmtree(prices.RUNS)
+    record = json.loads(prices.FILE.read_text())
+    record[str(ODE)]["recipe"] = "0" * 16  # of another version of the recipe
+    prices.FILE.write_text(json.dumps(record))
+    prices.renew([ODE])
+    assert prices.known()[str(ODE)].hours is None
 
 
 def test_a_price_of_another_version_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
