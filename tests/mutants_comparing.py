@@ -42,6 +42,10 @@ COMPARING: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("ctx.held = list(context)", "ctx.held = []", "checkpointing keeps no context"),
         ("own.cast = own.gradients = None", "own.cast = None", "gradients stay for ever"),
     ],
+    ("distill/prices.py", "prices"): [
+        ("kept.tested or made.hours is None", "made.hours is None", "an estimate takes the place of what was tested"),
+        ('machine["threads"] >= machine["cores"]', "True", "a thread of its own is the whole machine"),
+    ],
     ("distill/modules.py", "modules"): [
         ("if own is not None and name in shipped_names:", "if own == 0:", "a file takes a shipped loss's place"),
         ("found.setdefault(path.stem, path)", "found[path.stem] = path", "the farthest folder wins"),
