@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from evaluation.drift_report import aims, trust
+from evaluation.drift_report import DIGITS, aims, trust
 from evaluation.page import shell
 from evaluation.plots import Chart, Series
 from evaluation.report import charts, section
@@ -26,9 +26,9 @@ MOTION = "motion"
 COLUMNS = (  # (heading, key of a row, digits, what the tool tip says)
     ("identity, min. 1", "identity_first_minute", 3, "distance to the references in the exact geometry"),
     ("last min.", "identity_last_minute", 3, "the same in the last minute"),
-    ("slope / min", "identity_slope_per_min", 4, "interval over characters"),
+    ("slope / min", "identity_slope_per_min", DIGITS["identity"], "interval over characters"),
     ("without pose", "residual_slope_per_min", 4, "slope of what pose, mouth and lids do not explain"),
-    ("judge slope", "judge_slope_per_min", 4, "of an embedder that no loss has seen"),
+    ("judge slope", "judge_slope_per_min", DIGITS["judge"], "of an embedder that no loss has seen"),
     *((f"motion, {state}", f"{MOTION} {state}", 2, "over the data's") for state in ("speak", "listen", "silence")),
     ("sync, min. 1", "sync_first_minute", 3, "correlation of mouth and speech"),
     ("last min.", "sync_last_minute", 3, "the same in the last minute"),
@@ -65,13 +65,13 @@ tr.control th, tr.control td { color:var(--quiet) }</style>"""
 
 def table(facts: Mapping[str, Any]) -> str:
     """Rows and marks as text."""
-    lines = ["  ".join([f"{'':>24}", *(f"{name:>22}" for name in ("identity slope / min", "judge slope / min")),
+    lines = ["  ".join([f"{'':>24}", *(f"{name:>29}" for name in ("identity slope / min", "judge slope / min")),
                         *(f"{state:>8}" for state in STATES), f"{'sync':>6}", f"{'copies':>7}"])]  # fmt: skip
-    for name, row in rows_of(facts):
-        slopes = [told_interval(row.get(f"{key}_slope_per_min"), 4) for key in ("identity", "judge")]
+    for label, row in rows_of(facts):
+        slopes = [told_interval(row.get(f"{name}_slope_per_min"), digits) for name, digits in DIGITS.items()]
         motion = [number(row["motion_ratio"].get(state, {}).get("mean"), 2) for state in STATES]
         sync, copies = (number((row.get(key) or {}).get("mean"), 3) for key in ("sync_last_minute", "copy_last_minute"))
-        lines.append("  ".join([f"{CONTROLS.get(name, name):>24}", *(f"{slope:>22}" for slope in slopes),
+        lines.append("  ".join([f"{CONTROLS.get(label, label):>24}", *(f"{slope:>29}" for slope in slopes),
                                 *(f"{m:>8}" for m in motion), f"{sync:>6}", f"{copies:>7}"]))  # fmt: skip
     marks = [f"{glyph(ok)} {what}: {found}" for what, found, ok in (*aims(facts), *trust(facts))]
     return "\n".join([*lines, *marks])
@@ -245,10 +245,10 @@ def number(value: float | None, digits: int) -> str:
 
 
 def told_interval(entry: Mapping[str, Any] | None, digits: int) -> str:
-    """ "+0.0012 [-0.001, +0.003]" """
+    """ "+0.0012 [-0.0010, +0.0030]" """
     if not entry or entry["mean"] is None:
         return "–"
-    ends = "" if entry["low"] is None else f" [{entry['low']:+.{digits - 1}f}, {entry['high']:+.{digits - 1}f}]"
+    ends = "" if entry["low"] is None else f" [{entry['low']:+.{digits}f}, {entry['high']:+.{digits}f}]"
     return f"{entry['mean']:+.{digits}f}{ends}"
 
 

@@ -25,6 +25,7 @@ MOST_CHANGE = 0.02  # of identity between the first and the last minute; of time
 LEAST_SYNC = 0.97  # of the first minute's
 SURELY = 0.999  # level at which a control that must be flat is said to be broken: several are looked at in every run
 IDENTITIES = {"identity": "exact geometry", "judge": "second embedder"}
+DIGITS = {"identity": 4, "judge": 5}  # of a slope: a stranger is .60 away in the one, .16 in the other
 AT_START_AND_END = ("identity", "judge", "residual", "sync", "nod", "unasked", "color", "sharpness", "seam", "copy")
 DELAYS = ("mouth_delay", "nod_delay")
 Facts = dict[str, Any]
@@ -140,7 +141,8 @@ def aims(facts: Mapping[str, Any]) -> list[tuple[str, str, bool | None]]:
     for name, label in IDENTITIES.items():
         slope = _known(subject[f"{name}_slope_per_min"])
         start, end = (_known(subject[f"{name}_{which}_minute"])["mean"] for which in ("first", "last"))
-        told = f"{slope['mean']:+.4f} per minute [{slope['low']:+.4f}, {slope['high']:+.4f}]"
+        mean, low, high = (f"{slope[key]:+.{DIGITS[name]}f}" for key in ("mean", "low", "high"))
+        told = f"{mean} per minute [{low}, {high}]"
         out.append((f"no slope of identity, {label}", told, slope["low"] <= 0 <= slope["high"]))
         change = end / start - 1 if start else math.nan
         aim = f"last minute within {MOST_CHANGE:.0%} of the first, {label}"
