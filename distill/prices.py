@@ -14,6 +14,9 @@ import statistics
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from distill.config import Recipe, load, read, to_yaml
 from distill.errors import UserError
@@ -94,11 +97,11 @@ def _with_hours_on_record(made: Price, kept: Price | None) -> Price:
 def _measured(recipe: Recipe) -> tuple[float | None, bool]:
     """Hours of the fastest whole run of just this recipe, whatever its seed, in runs/, by the median of its steps; and
     whether it had a thread for every core: the others are asked only where no run had."""
-    wanted = _unseeded(to_yaml(recipe))
+    wanted = _work(to_yaml(recipe))
     found: dict[bool, list[float]] = {True: [], False: []}
     for curves in RUNS.glob("**/metrics.jsonl"):
         resolved = curves.parent / RESOLVED
-        if not resolved.is_file() or _unseeded(resolved.read_text(encoding="utf-8")) != wanted:
+        if not resolved.is_file() or _work(resolved.read_text(encoding="utf-8")) != wanted:
             continue
         records = [json.loads(line) for line in curves.read_text(encoding="utf-8").splitlines()]
         paces = [record["perf/step_s"] for record in records if "perf/step_s" in record]
@@ -110,5 +113,6 @@ def _measured(recipe: Recipe) -> tuple[float | None, bool]:
     return (round(min(found[tested]), 3) if found[tested] else None), tested
 
 
-def _unseeded(written: str) -> list[str]:
-    return [line for line in written.splitlines() if not line.startswith("seed:")]
+def _work(written: str) -> dict[str, Any]:
+    """What a recipe, as resolved, has to do: neither its seed nor the limits of its verdict cost time."""
+    return {key: value for key, value in yaml.safe_load(written).items() if key not in ("seed", "health")}

@@ -66,7 +66,7 @@ def test_hours_on_a_cpu_are_those_of_the_fastest_whole_run_of_just_this_recipe(
     trained("another_thread", STEPS, 0.35, threads=1)
     assert prices._measured(load(ODE)) == (pytest.approx(0.3 * STEPS / 3600, abs=1e-3), False)
     trained("whole", STEPS, 0.5)
-    trained("grid/whole-seed1", STEPS, 0.4, ("seed=1",))
+    trained("grid/whole-seed1", STEPS, 0.4, ("seed=1", "health.after=7"))
     trained("beside_others", STEPS, 0.9)
     assert prices._measured(load(ODE)) == (pytest.approx(0.4 * STEPS / 3600, abs=1e-3), True)
     assert prices._measured(load(ODE, ("train.steps=9999",))) == (None, False)
