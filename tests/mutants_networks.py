@@ -23,7 +23,7 @@ NETWORKS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
             "time moved along the rows",
         ),
     ],
-    ("teacher/attention.py", "teacher cache"): [
+    ("teacher/attention.py", "teacher cache attention"): [
         ("angles[-x.shape[1] :]", "angles[: x.shape[1]]", "queries at the places of the context"),
         (
             "    if all(kv.mask is None for kv in context):",

@@ -144,6 +144,7 @@ def test_longer_audio_ends_with_the_own_clip_and_has_seams_only_between_clips(fr
         assert all((len(places) - int(j)) % own == 0 for j in jumps)
         assert all(int(owners[int(j)]) != int(owners[int(j) - 1]) for j in jumps)
         assert owners.diff().count_nonzero() == len(jumps)
+        assert frames == clip or owners[-1] != row  # what comes before the own clip is somebody else's
     if frames == clip:
         assert torch.equal(joined.speak, named)
 
