@@ -32,7 +32,7 @@ from distill.state.lineage import Manifest
 from distill.state.shards import Part
 from student.causal_dit import CausalDiT
 from teacher.adapted import AdaptedDiT
-from teacher.dit import DiT, DiTConfig
+from teacher.dit import DiT, DiTConfig, interval_embedding
 from teacher.embedder import IdentityEmbedder
 from teacher.lora import LoRAConfig
 
@@ -88,8 +88,9 @@ def build_roles(
         config = plain if role in ("teacher", "critic") else recipe.model
         context = empty(role in trained) if empty is not None else None
         if context is None or adapters.holds_adapters((source, part)):
-            return network(config, source, part, heads)
+            return network(config, source, part, heads, _fresh(recipe) if config.flow_map else {})
         own = {f"heads.{name}": tensor for name, tensor in (heads.state_dict() if heads else {}).items()}
+        own |= _fresh(recipe) if config.flow_map else {}
         origins[role] = Origin(source.path / part, own)
         with context:
             model = DiT(config)
@@ -116,14 +117,29 @@ def build_roles(
     return Roles(models, recipe.student, dataset.load_codec(data), embedder, origins=origins)
 
 
-def network(config: DiTConfig, source: Manifest, part: str, heads: nn.ModuleDict | None = None) -> DiT:
+def _fresh(recipe: Recipe) -> dict[str, Tensor]:
+    """How a student's second time input begins, by the recipe's seed, where the weights that it starts from lack it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        made = interval_embedding(recipe.model.dim)
+    return {f"interval_embedding.{name}": tensor for name, tensor in made.state_dict().items()}
+
+
+def network(
+    config: DiTConfig,
+    source: Manifest,
+    part: str,
+    heads: nn.ModuleDict | None = None,
+    fresh: dict[str, Tensor] | None = None,
+) -> DiT:
     """A DiT with the weights of one part of a checkpoint. Heads and a second time input that the checkpoint lacks stay
-    as they start, heads of the checkpoint that are not asked for are left out."""
+    as they start, or as `fresh` has them; heads of the checkpoint that are not asked for are left out."""
     model = DiT(config)
     if heads:
         model.add_module("heads", heads)
     tensors = {name: t.float() for name, t in adapters.plain((source, part)).items()}
     own = {name: t for name, t in model.state_dict().items() if name.startswith(("heads.", "interval_embedding."))}
+    own |= fresh or {}
     tensors = own | {name: t for name, t in tensors.items() if name in own or not name.startswith("heads.")}
     try:
         model.load_state_dict(tensors)

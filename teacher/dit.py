@@ -58,6 +58,14 @@ def config_from(values: dict[str, Any]) -> DiTConfig:
     return DiTConfig(**read)
 
 
+def interval_embedding(dim: int) -> nn.Sequential:
+    """What a flow map hears of where its step ends; silent at its start: weights without it do what they did."""
+    last = nn.Linear(dim, dim)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Linear(256, dim), nn.SiLU(), last)
+
+
 class DiT(nn.Module):
     """Teacher, critic, and (inside `student.causal_dit`) student: one set of weights, three uses."""
 
@@ -78,11 +86,8 @@ class DiT(nn.Module):
         self.head = Head(dim, patch_dim)
         nn.init.zeros_(self.head.head.weight)
         nn.init.zeros_(self.head.head.bias)
-        if config.flow_map:  # silent at its start: weights without it do what they did
-            last = nn.Linear(dim, dim)
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-            self.interval_embedding = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), last)
+        if config.flow_map:
+            self.interval_embedding = interval_embedding(dim)
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditions, refs: list[list[KV]] | None = None) -> Tensor:
         """Bidirectional velocity. `refs` may carry `encode_refs(cond)` from an earlier call."""

@@ -144,6 +144,9 @@ TRAINING: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("                start /= PACE\n", "                pass\n", "a head starts ten times too large"),
         ("return PACE * self.out", "return self.out", "a head's last layer is as slow as the critic"),
     ],
+    ("distill/roles.py", "chains"): [
+        ("torch.manual_seed(recipe.seed)\n        made", "made", "a flow map begins otherwise every time"),
+    ],
     ("distill/roles.py", "adversarial"): [
         ('if name in own or not name.startswith("heads.")', "", "heads not asked for are loaded"),
         ("tensors = own | {", "tensors = {", "a new head is missed in the checkpoint"),
