@@ -62,6 +62,7 @@ def test_every_limit_is_silent_at_its_ideal_watches_and_stops(limit) -> None:
 def test_pictures_of_a_network_from_nothing_are_not_judged_before_after() -> None:
     late = HealthConfig(after=10)
     assert judge({"health/contrast": 0.1}, late, 9).level == 0 and judge({"health/contrast": 0.1}, late, 10).level == 2
+    assert judge({"health/muted": 1.0}, late, 1).level == 2  # what it hears can be judged at once
 
 
 def test_limits_that_lie_on_both_sides_of_the_ideal_are_refused(tmp_path: Path) -> None:

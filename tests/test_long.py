@@ -30,8 +30,8 @@ STREAM = StreamConfig(chunk_frames=2, sink_chunks=1, window_chunks=1, steps=(1.0
 HEARD = AUDIO_PER_LATENT * PAST
 
 
-def clip(seed: int = 0, frames: int = 4) -> Batch:
-    return batch_of(conditions(frames, seed=seed), latents(frames, seed=seed))
+def clip(seed: int = 0, frames: int = 4, rows: int = 2) -> Batch:
+    return batch_of(conditions(frames, rows, seed=seed), latents(frames, rows, seed=seed))
 
 
 def backward(roll: Roll, probe: Tensor) -> None:
@@ -127,7 +127,7 @@ def test_a_stream_goes_on_with_its_character_under_new_audio_and_text() -> None:
 
 def test_audio_and_text_change_in_mid_run_and_audio_joins_without_a_gap() -> None:
     roles, cfg = small_roles(STREAM), long.Config(chunks=4, grad_chunks=1, max_chunks=12)
-    first, second = clip(1), clip(2)
+    first, second = clip(1, rows=3), clip(2, rows=3)  # of two, the neighbor on either side is the same
     long.roll_long(first, at_step(roles, 0), cfg)
     taken = long.take(at_step(roles, 1), second, roles.causal("student"), 8)
     assert taken is not None
