@@ -17,6 +17,7 @@ from evaluation.geometry import Tracks
 from evaluation.identity import identity_distance, identity_top1, reference_identity
 from evaluation.motion import motion_ratios
 from evaluation.quality import seam_ratio, sharpness_ratio
+from evaluation.scores import asked
 from evaluation.statistics import exactly, jackknife, mean_se, paired_difference, ratio_of_sums
 from evaluation.sync import AROUND, FPS, OPEN, follow, open_unasked
 
@@ -157,6 +158,14 @@ def test_clips_that_speak_throughout_say_nothing_of_a_mouth_unasked():
     mouth = torch.ones(3, 48)
     mouth[2, :36] = 0.0
     assert mean_se(open_unasked(mouth, driven))["mean"] == pytest.approx(0.25)
+
+
+def test_of_speech_whose_drive_is_not_known_no_mouth_is_unasked():
+    driven, state = torch.zeros(3, 48), torch.tensor([1, 2, 1])[:, None].repeat(1, 48)
+    driven[2, 20:28] = 0.6
+    found = open_unasked(torch.ones(3, 48), asked(driven, state))
+    assert mean_se(found)["mean"] == 1.0  # of the clip that listens, and of the far frames of the one that is driven
+    assert asked(driven, state).gt(0).all(1).tolist() == [True, False, False]
 
 
 def test_nods_buried_in_sway_still_show_their_delay():
