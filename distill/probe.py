@@ -314,7 +314,7 @@ def _followed(term: TermSpec, roll: Roll, roles: Roles) -> Tensor:
     except Exception as error:
         raise UserError(
             f"plan: the term {term.name} cannot be followed without a network's numbers ({type(error).__name__}: "
-            f"{error}); measure it instead: STATUS.json of a run with SMOKE=1 has the seconds and the peak memory."
+            f"{error}); run it with SMOKE=1, which says its seconds per step, and in STATUS.json the peak memory."
         ) from error
 
 

@@ -87,11 +87,11 @@ def build_roles(
     def make(role: str, source: Manifest, part: str, heads: nn.ModuleDict | None = None) -> DiT:
         config = plain if role in ("teacher", "critic") else recipe.model
         context = empty(role in trained) if empty is not None else None
+        fresh = _fresh(recipe) if config.flow_map else {}
         if context is None or adapters.holds_adapters((source, part)):
-            return network(config, source, part, heads, _fresh(recipe) if config.flow_map else {})
+            return network(config, source, part, heads, fresh)
         own = {f"heads.{name}": tensor for name, tensor in (heads.state_dict() if heads else {}).items()}
-        own |= _fresh(recipe) if config.flow_map else {}
-        origins[role] = Origin(source.path / part, own)
+        origins[role] = Origin(source.path / part, own | fresh)
         with context:
             model = DiT(config)
             if heads:

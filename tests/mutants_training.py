@@ -146,6 +146,7 @@ TRAINING: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("distill/roles.py", "chains"): [
         ("torch.manual_seed(recipe.seed)\n        made", "made", "a flow map begins otherwise every time"),
+        ("own | fresh", "own", "nothing fills what the teacher lacks of a network that was made empty"),
     ],
     ("distill/roles.py", "adversarial"): [
         ('if name in own or not name.startswith("heads.")', "", "heads not asked for are loaded"),

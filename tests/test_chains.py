@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from test_resume import DATA, gauge, make_data
 
 from distill import pipeline
+from distill.config import load
 from distill.errors import UserError
 from distill.options import Options
+from distill.roles import build_roles
 from distill.state import checkpoint, lineage
 from student.fast import FastDiT
 from student.online import OnlineLPM
@@ -127,6 +129,11 @@ def test_a_flow_map_begins_with_weights_that_know_none_and_streams_with_any_numb
     pipeline.train_stage(options("again", *run, recipe=flow), "stage1")
     one, other = (checkpoint.load(lineage.read(f"runs/{at}/stage1").path, "ema") for at in ("flow", "again"))
     assert all(torch.equal(one[name], other[name]) for name in one)  # what the teacher lacks begins by the seed
+    recipe = load(flow, (*SHORT, *run))
+    told = (recipe, lineage.read("runs/origin/teacher"), None, Path(recipe.data.path))
+    sharded, whole = build_roles(*told, empty=lambda trained: torch.device("meta")), build_roles(*told)
+    begun = whole.causal("student").dit.interval_embedding.state_dict()
+    assert all(torch.equal(sharded.origins["student"].own[f"interval_embedding.{n}"], t) for n, t in begun.items())
     pipeline.train_stage(options("flow", *run), "stage2")
     pipeline.train_stage(options("flow", *run), "stage3")
     start, end = (checkpoint.load(lineage.read(f"runs/{at}").path, "ema") for at in ("origin/teacher", "flow/stage3"))
